@@ -1,0 +1,150 @@
+"""From a command line to a checked `Config`.
+
+In: `configs/NAME.yaml --section.key VALUE ...`. Out: a `Config`, or a `UserError` that lists every
+fault of the file and the flags together. Nothing else is read: no environment, no other files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import tyro
+import yaml
+from pydantic import BaseModel, Field, ValidationError, create_model
+
+from pipeline.config import Config
+from pipeline.errors import UserError, nearest
+
+_YAML_WORDS = {"true": "True", "false": "False", "null": "None", "none": "None"}
+
+
+def load_config(arguments: Sequence[str], *, program: str = "pretrain.py") -> Config:
+    """Read the config file named first (if any), apply the flags after it, check the whole.
+
+    Flags are generated from the schema by tyro; `--help` shows them with their documentation. `run_dir`
+    defaults to `runs/<name of the config file>`.
+    """
+    path = Path(arguments[0]) if arguments and not arguments[0].startswith("-") else None
+    flags = list(arguments if path is None else arguments[1:])
+    values = read_yaml(path) if path else {}
+    if path:
+        values.setdefault("run_dir", f"runs/{path.stem}")
+        _refuse(_faults(values, fields_only=True), origin=str(path))
+    twin = _unchecked_twin(Config)
+    usage = f"{program} configs/NAME.yaml [--section.key VALUE ...]"
+    merged = tyro.cli(
+        twin,
+        args=[_YAML_WORDS.get(flag, flag) for flag in flags],
+        default=_with_values(twin, values),
+        prog=program,
+        description=f"{Config.__doc__} Usage: {usage}",
+        config=(tyro.conf.FlagConversionOff,),
+    )
+    return _check(merged.model_dump(), origin="settings" if flags or not path else str(path))
+
+
+def config_from_values(values: dict[str, Any], *, origin: str) -> Config:
+    """Check plain nested values, for example those of a checkpoint; `origin` names them in errors."""
+    return _check(values, origin=origin)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Parse a YAML mapping; a missing, unreadable or malformed file is a `UserError`."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        folder = path.parent
+        names = sorted(str(p) for p in folder.glob("*.yaml")) if folder.is_dir() else []
+        raise UserError(f"no config file {path}{nearest(str(path), names)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read config file {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold sections such as 'model:', got a {type(values).__name__}")
+    return values
+
+
+def _check(values: dict[str, Any], *, origin: str) -> Config:
+    _refuse(_faults(values), origin=origin)
+    return Config.model_validate(values)
+
+
+def _refuse(faults: list[str], *, origin: str) -> None:
+    if faults:
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise UserError(f"{count} in {origin}:\n" + "\n".join(f"  {line}" for line in faults))
+
+
+def _faults(values: dict[str, Any], *, fields_only: bool = False) -> list[str]:
+    """One line per fault; `fields_only` leaves out contradictions between keys, which flags may mend."""
+    try:
+        Config.model_validate(values)
+    except ValidationError as error:
+        return [line for fault in error.errors() for line in _explain(fault, fields_only=fields_only)]
+    return []
+
+
+def _explain(fault: Any, *, fields_only: bool) -> list[str]:
+    """Where, wanted, got, and the nearest known key for an unknown one."""
+    location = [str(part) for part in fault["loc"]]
+    key = ".".join(location)
+    if fault["type"] == "value_error":
+        messages = str(fault["ctx"]["error"]).splitlines()
+        return [] if fields_only else [f"{key}: {text}" if key else text for text in messages]
+    if fault["type"] == "extra_forbidden":
+        return [f"{key}: unknown key{nearest(location[-1], _keys_of(location[:-1]))}"]
+    return [f"{key}: {fault['msg'][0].lower()}{fault['msg'][1:]}, got {fault['input']!r}"]
+
+
+def _keys_of(location: list[str]) -> list[str]:
+    section: type[BaseModel] = Config
+    for part in location:
+        annotation = section.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        section = annotation
+    return list(section.model_fields)
+
+
+def _unchecked_twin(schema: type[BaseModel]) -> type[BaseModel]:
+    """The same fields without bounds or cross-checks, so that tyro parses every flag before we judge."""
+    fields: dict[str, Any] = {}
+    for name, field in schema.model_fields.items():
+        annotation: Any = field.annotation
+        default = field.get_default(call_default_factory=True)
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            annotation = _unchecked_twin(annotation)
+            default = annotation.model_construct(**dict(default))
+        fields[name] = (_unbounded(annotation), Field(default=default, description=field.description))
+    return create_model(schema.__name__, __doc__=schema.__doc__, **fields)
+
+
+def _unbounded(annotation: Any) -> Any:
+    """The annotation without `Annotated` bounds, however deep."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _unbounded(inner[0])
+    if origin in (Union, UnionType):
+        return Union[tuple(_unbounded(part) for part in inner)]
+    if origin is tuple:
+        return tuple[tuple(_unbounded(part) for part in inner)]
+    return annotation
+
+
+def _with_values(twin: type[BaseModel], values: dict[str, Any]) -> BaseModel:
+    """An instance of `twin` holding `values` where given and defaults elsewhere."""
+    filled: dict[str, Any] = {}
+    for name, field in twin.model_fields.items():
+        default, given = field.default, values.get(name)
+        if isinstance(default, BaseModel):
+            given = given or {}
+            filled[name] = _with_values(type(default), {**dict(default), **given}) if given else default
+        else:
+            filled[name] = given if name in values else default
+    return twin.model_validate(filled)

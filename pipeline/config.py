@@ -1,0 +1,313 @@
+"""Every setting of a run: the schema, its defaults and its documentation.
+
+In: a YAML file and command-line overrides. Out: one frozen `Config`, or every fault at once.
+The text under a key is its documentation: `--help` and the JSON Schema show it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Beta = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, closed to unknown keys, documented by its attributes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def faults(self) -> list[str]:
+        """Contradictions between the keys of this section, each one sentence."""
+        return []
+
+    @model_validator(mode="after")
+    def _no_faults(self) -> Section:
+        faults = self.faults()
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+
+class DataConfig(Section):
+    """What to train on."""
+
+    path: str = "data/quickstart"
+    """Dataset folder written by data_prep.py."""
+    document_mask: bool = False
+    """Confine attention to the document a token belongs to."""
+    cross_document_targets: bool = True
+    """Also learn to predict the first token of a document from the end of the one before it."""
+
+
+class ModelConfig(Section):
+    """The architecture. Published sizes: see configs/."""
+
+    family: Literal["decoder"] = "decoder"
+    """Which composition of blocks: a decoder (GPT)."""
+    vocab_size: PositiveInt | None = None
+    """Rows of the token embedding. Default: the tokenizer's size rounded up to a multiple of 64."""
+    n_layers: PositiveInt = 12
+    """Blocks."""
+    n_heads: PositiveInt = 12
+    """Query heads."""
+    n_kv_heads: PositiveInt | None = None
+    """Key/value heads: n_heads is multi-head (default), 1 multi-query, between them grouped-query attention."""
+    d_model: PositiveInt = 768
+    """Width of the residual stream."""
+    d_ff: PositiveInt | None = None
+    """Hidden width of the MLP. Default: 4 x d_model."""
+    context_length: PositiveInt = 1024
+    """Tokens a training sample holds and the model can look back on."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Normalisation."""
+    norm_position: Literal["pre", "post"] = "pre"
+    """Normalise the input of each sublayer (pre) or the sum after it (post, the original Transformer)."""
+    norm_eps: PositiveFloat = 1e-5
+    """Added to the variance before the square root."""
+    qk_norm: bool = False
+    """RMS-normalise queries and keys per head before the dot product."""
+    position: Literal["learned", "rotary", "sinusoidal", "none"] = "learned"
+    """How a token knows where it is."""
+    rope_theta: PositiveFloat = 10000.0
+    """Base of the rotary wavelengths."""
+    mlp: Literal["gelu", "gelu_tanh", "swiglu", "relu2"] = "gelu"
+    """Activation: exact GELU, its tanh approximation (GPT-2), SwiGLU (Llama) or squared ReLU."""
+    bias: bool = True
+    """Bias vectors in linear layers and LayerNorm."""
+    tie_embeddings: bool = True
+    """Use the token embedding as the output head."""
+    dropout: Fraction = 0.0
+    """Probability of dropping embeddings, attention weights and sublayer outputs in training."""
+    windows: Annotated[tuple[PositiveInt | None, ...], Field(min_length=1)] = (None,)
+    """Tokens each layer may look back on, itself included; null is all. Repeats over the layers: [256, null] alternates."""
+    logit_soft_cap: PositiveFloat | None = None
+    """Bound logits smoothly: cap * tanh(logits / cap)."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of initial weights; residual outputs get init_std / sqrt(2 n_layers)."""
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads after defaults."""
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.d_model // self.n_heads
+
+    @property
+    def hidden(self) -> int:
+        """MLP width after defaults."""
+        return self.d_ff or 4 * self.d_model
+
+    def faults(self) -> list[str]:
+        """Sizes that do not divide."""
+        found = []
+        if self.d_model % self.n_heads:
+            found.append(f"d_model {self.d_model} must be a multiple of n_heads {self.n_heads}")
+        if self.n_heads % self.kv_heads:
+            found.append(f"n_heads {self.n_heads} must be a multiple of n_kv_heads {self.kv_heads}")
+        if self.position == "rotary" and self.head_dim % 2:
+            found.append(f"rotary positions need an even head width, got d_model / n_heads = {self.head_dim}")
+        if self.position == "sinusoidal" and self.d_model % 2:
+            found.append(f"sinusoidal positions need an even d_model, got {self.d_model}")
+        return found
+
+
+class ObjectiveConfig(Section):
+    """What the model learns to predict."""
+
+    kind: Literal["causal"] = "causal"
+    """causal: each token from those before it."""
+
+
+class OptimConfig(Section):
+    """The optimizer and its learning-rate schedule."""
+
+    kind: Literal["adamw"] = "adamw"
+    """Optimizer."""
+    lr: PositiveFloat = 6e-4
+    """Peak learning rate."""
+    min_lr: NonNegativeFloat = 0.0
+    """Learning rate at the end of the schedule."""
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """Decay of AdamW's first and second moment."""
+    eps: PositiveFloat = 1e-8
+    """Added to AdamW's denominator."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled decay of matrices; vectors (biases, norms) are not decayed."""
+    clip_norm: PositiveFloat | None = 1.0
+    """Scale gradients down to this global norm; null never clips."""
+    schedule: Literal["cosine", "wsd", "linear", "inverse_sqrt", "constant"] = "cosine"
+    """Shape after warm-up. wsd: stable, then a linear decay. inverse_sqrt: the original Transformer's (Noam)."""
+    warmup_steps: Count | None = None
+    """Steps of linear warm-up (default 0)."""
+    warmup_tokens: Count | None = None
+    """The same in tokens."""
+    horizon_steps: PositiveInt | None = None
+    """Step at which the schedule ends (default: where training ends). Stopping earlier leaves the schedule alone."""
+    horizon_tokens: PositiveInt | None = None
+    """The same in tokens."""
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """wsd only: share of the horizon spent decaying."""
+
+    def faults(self) -> list[str]:
+        """One unit per length; a schedule that goes down."""
+        found = []
+        if self.warmup_steps is not None and self.warmup_tokens is not None:
+            found.append("give warmup_steps or warmup_tokens, not both")
+        if self.horizon_steps is not None and self.horizon_tokens is not None:
+            found.append("give horizon_steps or horizon_tokens, not both")
+        if self.min_lr > self.lr:
+            found.append(f"min_lr {self.min_lr:g} is above the peak lr {self.lr:g}")
+        return found
+
+
+class TrainConfig(Section):
+    """The length of training and how a step is computed."""
+
+    steps: PositiveInt | None = None
+    """Updates to make."""
+    tokens: PositiveInt | None = None
+    """The same in tokens, rounded up to whole steps."""
+    batch_tokens: PositiveInt = 491520
+    """Tokens per update over all ranks: a multiple of model.context_length. Accumulation is derived from it."""
+    micro_batch: PositiveInt = 8
+    """Sequences per forward pass on one rank: lower it when memory runs out; the result stays the same."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Arithmetic of the forward and backward pass. auto: bf16 where the device computes it natively, else fp32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA when present."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    deterministic: bool = False
+    """Use only deterministic kernels on CUDA (slower). The CPU always does."""
+
+    def faults(self) -> list[str]:
+        """Exactly one length."""
+        if (self.steps is None) == (self.tokens is None):
+            return ["give exactly one of steps and tokens"]
+        return []
+
+
+class ParallelConfig(Section):
+    """How ranks share the work."""
+
+    strategy: Literal["auto", "single", "ddp"] = "auto"
+    """auto: single for one process, ddp (one replica per rank) for several."""
+
+
+class CheckpointConfig(Section):
+    """What is kept, and how a run goes on."""
+
+    every: PositiveInt = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    keep: PositiveInt = 2
+    """Newest checkpoints to keep."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints at multiples of this step are kept for ever."""
+    allow_changes: bool = False
+    """Go on with optimizer or training settings other than those of the checkpoint."""
+
+
+class EvalConfig(Section):
+    """Evaluation on the fixed validation set."""
+
+    every: PositiveInt = 1000
+    """Steps between evaluations; the last step is always evaluated."""
+    tokens: PositiveInt | None = None
+    """Evaluate on the first so many validation tokens (default: all)."""
+
+
+class LogConfig(Section):
+    """The record of a run."""
+
+    every: PositiveInt = 10
+    """Steps between lines in metrics.jsonl and on the console; the last step is always logged."""
+    trackers: tuple[Literal["wandb", "tensorboard"], ...] = ()
+    """Services fed from the record. They can fail without stopping the run."""
+    project: str = "pretraining"
+    """Project name for the trackers."""
+    peak_tflops: PositiveFloat | None = None
+    """Dense peak of one device in the chosen precision, for MFU on devices that are not in the table."""
+
+
+class Config(Section):
+    """A complete run."""
+
+    run_dir: str = "runs/default"
+    """Folder of the run: record, curves and checkpoints."""
+    seed: Count = 1337
+    """Every random choice of the run is split from this seed."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig(steps=1000)
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+
+    @property
+    def batch_rows(self) -> int:
+        """Sequences per update over all ranks."""
+        return self.train.batch_tokens // self.model.context_length
+
+    @property
+    def total_steps(self) -> int:
+        """Step at which training stops."""
+        return self._steps(self.train.steps, self.train.tokens) or 1
+
+    @property
+    def warmup(self) -> int:
+        """Warm-up in steps."""
+        return self._steps(self.optim.warmup_steps, self.optim.warmup_tokens) or 0
+
+    @property
+    def horizon(self) -> int:
+        """Step at which the learning-rate schedule ends."""
+        return self._steps(self.optim.horizon_steps, self.optim.horizon_tokens) or self.total_steps
+
+    def _steps(self, steps: int | None, tokens: int | None) -> int | None:
+        return steps if tokens is None else -(-tokens // self.train.batch_tokens)
+
+    def faults(self) -> list[str]:
+        """Contradictions between sections."""
+        found = []
+        context = self.model.context_length
+        if self.train.batch_tokens % context:
+            low = self.train.batch_tokens // context * context
+            found.append(
+                f"train.batch_tokens {self.train.batch_tokens} must be a multiple of model.context_length {context}; "
+                f"nearest: {' or '.join(str(n) for n in (low, low + context) if n)}"
+            )
+        if self.warmup >= self.horizon and self.optim.schedule != "constant":
+            found.append(f"warm-up of {self.warmup} steps leaves nothing of the horizon of {self.horizon} steps")
+        at_zero = self.total_steps - self.horizon + 1
+        decays = self.optim.schedule in ("cosine", "wsd", "linear") and self.optim.min_lr == 0
+        if decays and at_zero > max(1, self.total_steps // 100):
+            found.append(
+                f"the learning rate would be 0 for {at_zero} of {self.total_steps} steps: raise optim.min_lr, "
+                f"or the horizon ({self.horizon} steps) to the length of training"
+            )
+        return found
+
+
+def resolved(config: Config) -> dict[str, Any]:
+    """Plain nested dict of every setting, as written to a run's config.yaml."""
+    return config.model_dump(mode="json")
+
+
+if __name__ == "__main__":  # the JSON Schema with which editors complete and check the YAML files
+    json.dump(Config.model_json_schema(), sys.stdout, indent=2)
+    print()

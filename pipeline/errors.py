@@ -1,0 +1,43 @@
+"""What a user can get wrong, told in one message.
+
+In: any exception. Out: exit code 0 (done), 2 (the user's to mend, one message, no traceback) or a
+traceback (ours to mend). `StoppedEarly` is neither: the run was asked to stop and can be continued.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+
+EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again to go on
+
+
+class UserError(ValueError):
+    """A mistake in input, configuration or surroundings: says wanted, got and what to do."""
+
+
+class StoppedEarly(Exception):
+    """The run was asked to stop and saved its state; the message says how to go on."""
+
+
+def nearest(word: str, candidates: Iterable[str]) -> str:
+    """`"; did you mean X?"` for the closest candidate, or an empty string."""
+    matches = get_close_matches(word, list(candidates), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a script's `main` and turn the user's mistakes into exit codes instead of tracebacks."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_USER_ERROR) from None
+    except StoppedEarly as stop:
+        print(str(stop), file=sys.stderr)
+        raise SystemExit(EXIT_STOPPED) from None
+    except BrokenPipeError:  # the reader of our output (head, less) went away
+        sys.stderr.close()
+        raise SystemExit(0) from None
