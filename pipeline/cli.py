@@ -7,8 +7,10 @@ fault of the file and the flags together. Nothing else is read: no environment, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from types import UnionType
+from types import GenericAlias, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import tyro
@@ -131,9 +133,9 @@ def _unbounded(annotation: Any) -> Any:
     if origin is Annotated:
         return _unbounded(inner[0])
     if origin in (Union, UnionType):
-        return Union[tuple(_unbounded(part) for part in inner)]
+        return reduce(or_, (_unbounded(part) for part in inner))
     if origin is tuple:
-        return tuple[tuple(_unbounded(part) for part in inner)]
+        return GenericAlias(tuple, tuple(_unbounded(part) for part in inner))
     return annotation
 
 

@@ -18,7 +18,7 @@ class UserError(ValueError):
     """A mistake in input, configuration or surroundings: says wanted, got and what to do."""
 
 
-class StoppedEarly(Exception):
+class StoppedEarly(Exception):  # noqa: N818 - not an error
     """The run was asked to stop and saved its state; the message says how to go on."""
 
 
