@@ -88,7 +88,7 @@ class ModelConfig(Section):
     dropout: Fraction = 0.0
     """Probability of dropping embeddings, attention weights and sublayer outputs in training."""
     windows: Annotated[tuple[PositiveInt | None, ...], Field(min_length=1)] = (None,)
-    """Tokens each layer may look back on, itself included; null is all. Repeats over the layers: [256, null] alternates."""
+    """Tokens a layer may look back on, itself included; null: all. Repeats over the layers: [256, null] alternates."""
     logit_soft_cap: PositiveFloat | None = None
     """Bound logits smoothly: cap * tanh(logits / cap)."""
     init_std: PositiveFloat = 0.02

@@ -1,0 +1,213 @@
+"""Models composed from one block: how a token becomes logits, or a loss.
+
+In: token ids (B, T). Out: logits (B, T, V), or with labels the summed cross-entropy in nats.
+Letters as in layers.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.config import ModelConfig
+from pipeline.model.layers import MLP, Attention, KVCache, Rotation, Sight, build_norm, causal_mask, sinusoid
+from pipeline.seeds import named_seed
+
+IGNORED = -100  # label of a position without a target
+
+
+class Block(nn.Module):
+    """Attention mixes positions, then an MLP works on each; both add to the residual stream.
+
+    pre-norm (GPT-2):               x + f(norm(x))
+    post-norm (arXiv:1706.03762):   norm(x + f(x))
+    """
+
+    def __init__(self, config: ModelConfig, *, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.window = config.windows[layer % len(config.windows)]
+        self.pre_norm = config.norm_position == "pre"
+        self.attention_norm = build_norm(config)
+        self.attention = Attention(config)
+        self.mlp_norm = build_norm(config)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, sight: Sight) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        if self.pre_norm:
+            x = x + self._attend(self.attention_norm(x), sight)
+            x = x + self.dropout(self.mlp(self.mlp_norm(x)))
+        else:
+            x = self.attention_norm(x + self._attend(x, sight))
+            x = self.mlp_norm(x + self.dropout(self.mlp(x)))
+        return x
+
+    def _attend(self, x: Tensor, sight: Sight) -> Tensor:
+        mixed: Tensor = self.attention(x, sight, layer=self.layer, window=self.window)
+        return F.dropout(mixed, self.dropout.p, self.training)
+
+
+class Stack(nn.Module):
+    """Blocks one after the other; with pre-norm a last norm brings the stream back to unit scale."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.blocks = nn.ModuleList(Block(config, layer=layer) for layer in range(config.n_layers))
+        self.final_norm = build_norm(config) if config.norm_position == "pre" else nn.Identity()
+
+    def forward(
+        self, x: Tensor, *, positions: Tensor, documents: Tensor | None, cache: KVCache | None, visible: int
+    ) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        sight = self._sight(positions, documents=documents, cache=cache, visible=visible)
+        for block in self.blocks:
+            x = block(x, sight)
+        x = self.final_norm(x)
+        return x
+
+    def _sight(self, positions: Tensor, *, documents: Tensor | None, cache: KVCache | None, visible: int) -> Sight:
+        config = self.config
+        rotation = None
+        if config.position == "rotary":
+            rotation = Rotation.of(positions, head_dim=config.head_dim, theta=config.rope_theta)
+        keys = torch.arange(visible, device=positions.device)  # (K,)
+        masks: dict[int | None, Tensor | None] = {}
+        for window in set(config.windows):
+            plain = cache is None and documents is None and (window is None or window >= visible)
+            masks[window] = None if plain else causal_mask(positions, keys, window=window, documents=documents)
+        return Sight(positions=positions, rotation=rotation, masks=masks, cache=cache, visible=visible)
+
+
+class Embedding(nn.Module):
+    """Token vectors, with position vectors added where positions are learned or sinusoidal."""
+
+    def __init__(self, config: ModelConfig, *, rows: int) -> None:
+        super().__init__()
+        self.config = config
+        self.tokens = nn.Embedding(rows, config.d_model)
+        learned = config.position == "learned"
+        self.positions = nn.Embedding(config.context_length, config.d_model) if learned else None
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """(B, T) ids and positions -> (B, T, C)."""
+        x: Tensor = self.tokens(tokens)
+        if self.positions is not None:
+            x = x + self.positions(positions)
+        elif self.config.position == "sinusoidal":
+            # Scaled up, as in the original, so that the tokens are not drowned by a signal of unit size.
+            x = x * math.sqrt(self.config.d_model) + sinusoid(positions, self.config.d_model)
+        x = self.dropout(x)
+        return x
+
+
+class Decoder(nn.Module):
+    """GPT: each token is predicted from those before it (Radford et al. 2019).
+
+    `n_tokens` is the tokenizer's size. The embedding may have more rows (a multiple of 64 is faster);
+    the surplus is cut off the logits, so it is neither trained nor sampled.
+    """
+
+    def __init__(self, config: ModelConfig, *, n_tokens: int) -> None:
+        super().__init__()
+        self.config = config
+        self.n_tokens = n_tokens
+        rows = config.vocab_size or -(-n_tokens // 64) * 64
+        self.embedding = Embedding(config, rows=rows)
+        self.stack = Stack(config)
+        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, rows, bias=False)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        labels: Tensor | None = None,
+        documents: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+        visible: int | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V), or the summed loss in nats () when `labels` (B, T) are given.
+
+        tokens: (B, T) ids. labels: next ids, -100 where there is nothing to predict. documents: (B, T) numbers;
+        attention stays within equal ones. positions: (B, T), default 0..T-1. With a cache, keys at positions
+        0..visible-1 are looked at; default T.
+        """
+        rows, time = tokens.shape
+        if positions is None:
+            positions = torch.arange(time, device=tokens.device).expand(rows, time)
+        x = self.embedding(tokens, positions)  # (B, T, C)
+        x = self.stack(x, positions=positions, documents=documents, cache=cache, visible=visible or time)
+        weight = self.embedding.tokens.weight if self.head is None else self.head.weight
+        logits = F.linear(x, weight)[..., : self.n_tokens]  # (B, T, rows) -> (B, T, V)
+        if self.config.logit_soft_cap is not None:
+            logits = self.config.logit_soft_cap * torch.tanh(logits.float() / self.config.logit_soft_cap)
+        if labels is None:
+            return logits
+        # float32: a bf16 log-sum-exp over a large vocabulary would cost the loss its third digit
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def build_model(config: ModelConfig, *, n_tokens: int) -> Decoder:
+    """The model that `config` describes, with uninitialised weights; see `initialise`."""
+    return Decoder(config, n_tokens=n_tokens)
+
+
+@torch.no_grad()
+def initialise(model: Decoder, *, seed: int) -> None:
+    """Give every parameter its initial value, drawn from a stream named after the parameter.
+
+    | parameter                               | value                                |
+    |-----------------------------------------|--------------------------------------|
+    | norm weights                            | 1                                    |
+    | biases                                  | 0                                    |
+    | attention.out, mlp.down (they write     | N(0, init_std / sqrt(2 n_layers))    |
+    | into the residual stream, 2 per block)  | so that its variance does not grow   |
+    | embeddings, head, all other matrices    | N(0, init_std)                       |
+
+    (Radford et al. 2019, section 2.3.) A value depends on seed, name and shape only, so that every layout of
+    a model over devices starts from the same weights.
+    """
+    config = model.config
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+            continue
+        into_stream = name.endswith(("attention.out.weight", "mlp.down.weight"))
+        std = config.init_std / math.sqrt(2 * config.n_layers) if into_stream else config.init_std
+        stream = torch.Generator().manual_seed(named_seed(seed, "init", name))
+        parameter.copy_(torch.randn(parameter.shape, generator=stream) * std)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Trainable numbers; a tied head counts once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def flops_per_token(model: Decoder, *, context_length: int) -> int:
+    """Floating-point operations of forward and backward per token (PaLM's accounting, arXiv:2204.02311, app. B).
+
+    6 per weight of every matrix product (2 forward, 4 backward), the head's included, embeddings' look-ups not;
+    and 12 C K per layer for q k^T and weights x v over K keys, K = the context or the layer's window. The causal
+    half is not taken off, which is the convention of published MFU figures.
+    """
+    config = model.config
+    head = config.d_model * model.n_tokens
+    matrices = sum(p.numel() for p in _matrices(model.stack))
+    keys = sum(min(block.window or context_length, context_length) for block in _blocks(model))
+    return 6 * (matrices + head) + 12 * config.d_model * keys
+
+
+def _matrices(module: nn.Module) -> Iterator[Tensor]:
+    return (parameter for parameter in module.parameters() if parameter.dim() == 2)
+
+
+def _blocks(model: Decoder) -> Iterator[Block]:
+    return (block for block in model.stack.blocks if isinstance(block, Block))
