@@ -17,8 +17,6 @@ from pipeline.config import ModelConfig
 from pipeline.model.layers import MLP, Attention, KVCache, Rotation, Sight, build_norm, causal_mask, sinusoid
 from pipeline.seeds import named_seed
 
-IGNORED = -100  # label of a position without a target
-
 
 class Block(nn.Module):
     """Attention mixes positions, then an MLP works on each; both add to the residual stream.
@@ -133,18 +131,22 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         cache: KVCache | None = None,
         visible: int | None = None,
+        last: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, T, V), or the summed loss in nats () when `labels` (B, T) are given.
 
         tokens: (B, T) ids. labels: next ids, -100 where there is nothing to predict. documents: (B, T) numbers;
         attention stays within equal ones. positions: (B, T), default 0..T-1. With a cache, keys at positions
-        0..visible-1 are looked at; default T.
+        0..visible-1 are looked at; default T. last: (B,) one index into T per row, the only position whose logits
+        are wanted, which are then (B, 1, V): the head costs as much as several blocks.
         """
         rows, time = tokens.shape
         if positions is None:
             positions = torch.arange(time, device=tokens.device).expand(rows, time)
         x = self.embedding(tokens, positions)  # (B, T, C)
         x = self.stack(x, positions=positions, documents=documents, cache=cache, visible=visible or time)
+        if last is not None:
+            x = x[torch.arange(rows, device=x.device), last].unsqueeze(1)  # (B, T, C) -> (B, 1, C)
         weight = self.embedding.tokens.weight if self.head is None else self.head.weight
         logits = F.linear(x, weight)[..., : self.n_tokens]  # (B, T, rows) -> (B, T, V)
         if self.config.logit_soft_cap is not None:
@@ -152,7 +154,7 @@ class Decoder(nn.Module):
         if labels is None:
             return logits
         # float32: a bf16 log-sum-exp over a large vocabulary would cost the loss its third digit
-        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
 
 
 def build_model(config: ModelConfig, *, n_tokens: int) -> Decoder:
