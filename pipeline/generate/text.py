@@ -1,0 +1,105 @@
+"""Text from tokens: characters come out whole, stop strings do not come out at all.
+
+In: a model, its tokenizer and prompts as text. Out: `Piece` events, whose texts of one row joined are its whole text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from pipeline.data.tokenizer import TextTokenizer
+from pipeline.errors import UserError
+from pipeline.generate.decode import Finish, Options, generate
+from pipeline.model.transformer import Decoder
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no UTF-8 decode to
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One event of row (prompt, sample): text that is now certain (may be ""), its token, and how the row ended."""
+
+    prompt: int
+    sample: int
+    text: str
+    token: int | None
+    finish: Finish | None
+
+
+class RowText:
+    """The growing text of one row. `context`: ids before it, which may decide how its first token is spelled."""
+
+    def __init__(self, tokenizer: TextTokenizer, *, context: Sequence[int], stops: Sequence[str]) -> None:
+        self.stopped = False
+        self._tokenizer = tokenizer
+        self._stream = tokenizer.stream()
+        self._stops = tuple(stops)
+        self._ids = list(context)
+        self._decoded = sum(len(self._stream.push(token)) for token in context)  # characters out of the stream
+        self._held = ""  # decoded, but it may become a stop string
+
+    def push(self, token: int) -> str:
+        """Text that `token` makes certain; what may still grow into a character or a stop string is held back."""
+        self._ids.append(token)
+        new = self._stream.push(token)
+        self._decoded += len(new)
+        return self._release(new)
+
+    def flush(self) -> str:
+        """The rest at the end of the row; bytes of an unfinished character become U+FFFD."""
+        rest = self._tokenizer.decode(self._ids)[self._decoded :]
+        text = self._release(rest) + self._held
+        self._held = ""
+        return text
+
+    def _release(self, new: str) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + new
+        # The stop string that is complete first ends the text, however its characters were cut into tokens.
+        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)[1]]
+        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def write(
+    model: Decoder, tokenizer: TextTokenizer, prompts: Sequence[str], *, options: Options, stops: Sequence[str] = ()
+) -> Iterator[Piece]:
+    """Continue texts, yielding pieces as they come, one per token; see `generate`.
+
+    An empty prompt starts from the EOS token, as the documents of the training data do. A row ends with "stop" when
+    one of `stops` appears in its text, which is cut before it. Raises `UserError` for a character the tokenizer lacks.
+    """
+    if not all(stops):
+        raise UserError("an empty stop string would stop before the first token: leave it out")
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    # Held-back bytes of a prompt must not appear in the text after it: such a prompt is no context.
+    contexts = [[] if text.endswith(_REPLACEMENT) else ids for text, ids in zip(prompts, encoded, strict=True)]
+    texts: dict[tuple[int, int], RowText] = {}
+    fresh: dict[tuple[int, int], str] = {}
+
+    def until(prompt: int, sample: int, token: int) -> bool:
+        key = prompt, sample
+        if key not in texts:
+            texts[key] = RowText(tokenizer, context=contexts[prompt], stops=stops)
+        fresh[key] = texts[key].push(token)
+        return texts[key].stopped
+
+    for event in generate(model, [ids or [tokenizer.eos_id] for ids in encoded], options=options, until=until):
+        key = event.prompt, event.sample
+        piece = Piece(*key, text=fresh.pop(key, ""), token=event.id, finish=event.finish)
+        if event.finish is not None and key in texts:
+            row = texts.pop(key)
+            piece = replace(piece, text=piece.text + row.flush())
+            piece = replace(piece, finish="stop" if row.stopped else event.finish)
+        yield piece
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` with which `stop` begins, short of all of it."""
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
