@@ -1,0 +1,303 @@
+"""Checkpoints: a folder that bears its final name only when it is complete and verified.
+
+    step-00001000/model/*.safetensors       weights under the plain model's names
+                  optimizer/*.safetensors   moments, named <parameter>.<moment>
+                  state.json  config.yaml  tokenizer.json
+                  manifest.json             size and xxh3-128 of every file, written last
+
+In: a model, its optimizer, a `TrainState`. Out: that folder, or the state read back from it on any number of
+ranks. Tensors go through `torch.distributed.checkpoint` into safetensors; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from pipeline.cli import config_from_values, read_yaml
+from pipeline.config import Config, resolved
+from pipeline.errors import UserError, nearest
+from pipeline.model.transformer import Decoder, build_model
+from pipeline.train.runtime import Runtime
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+class TrainState(BaseModel):
+    """Where a run stands. The next batch starts at row `rows`; there is no other data position."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int = FORMAT
+    step: int
+    rows: int
+    tokens: int
+    n_tokens: int
+    data_digest: str
+    tokenizer_fingerprint: str
+    tokenizer_eos_id: int
+    loss_scale: dict[str, float | int] = {}
+
+    def after(self, *, rows: int, targets: int, loss_scale: dict[str, float | int]) -> TrainState:
+        """The state one update later."""
+        changed = {"step": self.step + 1, "rows": self.rows + rows, "tokens": self.tokens + targets}
+        return self.model_copy(update={**changed, "loss_scale": loss_scale})
+
+
+class CheckpointStore:
+    """The checkpoints of one run."""
+
+    def __init__(self, folder: Path, config: Config, *, tokenizer_file: Path, runtime: Runtime) -> None:
+        self.folder = folder
+        self.config = config
+        self.tokenizer_file = tokenizer_file
+        self.runtime = runtime
+
+    def clean(self) -> None:
+        """Remove what a killed process left under temporary names; never anything else."""
+        if self.runtime.is_main and self.folder.is_dir():
+            for leftover in sorted(self.folder.glob(".step-*.partial")) + sorted(self.folder.glob(".step-*.removed")):
+                shutil.rmtree(leftover)
+
+    def save(self, state: TrainState, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> Path:
+        """Write, verify, rename, then apply retention. Errors: a full disk, weights that are not finite.
+
+        Whatever fails, the checkpoints written before are untouched and nothing bears a final name.
+        """
+        final = self.folder / f"step-{state.step:08d}"
+        partial = self.folder / f".{final.name}.partial"
+        try:
+            if self.runtime.is_main:
+                self._begin(partial, model, optimizer)
+            self.runtime.barrier()
+            _write_tensors(partial / "model", dict(model.state_dict()))
+            _write_tensors(partial / "optimizer", optimizer_tensors(model, optimizer))
+            self.runtime.barrier()
+            if self.runtime.is_main:
+                self._commit(partial, final, state)
+        except (OSError, CheckpointException) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(self._explain(error, final)) from error
+        self.runtime.barrier()
+        return final
+
+    def _begin(self, partial: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        for name, parameter in model.named_parameters():
+            if not parameter.isfinite().all():
+                raise UserError(f"{name} has values that are not finite: no checkpoint is written of such weights")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        needed = sum(t.nbytes for t in (*model.state_dict().values(), *optimizer_tensors(model, optimizer).values()))
+        free = shutil.disk_usage(self.folder).free
+        if free < needed * 1.01:
+            raise OSError(errno.ENOSPC, f"{needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free")
+        shutil.rmtree(partial, ignore_errors=True)
+        for part in ("model", "optimizer"):
+            (partial / part).mkdir(parents=True)
+
+    def _commit(self, partial: Path, final: Path, state: TrainState) -> None:
+        (partial / "state.json").write_text(state.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        text = yaml.safe_dump(resolved(self.config), sort_keys=False)
+        (partial / "config.yaml").write_text(text, encoding="utf-8")
+        shutil.copyfile(self.tokenizer_file, partial / "tokenizer.json")
+        files = {str(path.relative_to(partial)): _fingerprint(path, sync=True) for path in _files(partial)}
+        manifest = partial / "manifest.json"
+        manifest.write_text(json.dumps({"format": FORMAT, "files": files}, indent=2) + "\n", encoding="utf-8")
+        _fingerprint(manifest, sync=True)
+        for folder in (partial / "model", partial / "optimizer", partial):
+            _sync_folder(folder)
+        faults = verify(partial)
+        if faults:
+            raise OSError(errno.EIO, "what was written does not read back: " + "; ".join(faults))
+        if final.exists():  # a damaged one that was passed over on resuming
+            shutil.rmtree(final.with_name(final.name + ".damaged"), ignore_errors=True)
+            final.rename(final.with_name(final.name + ".damaged"))
+        partial.rename(final)
+        _sync_folder(self.folder)
+        self._retain()
+
+    def _retain(self) -> None:
+        """Keep the newest `keep` and, for ever, multiples of `keep_every`."""
+        wanted = self.config.checkpoint
+        for old in list_checkpoints(self.folder)[: -wanted.keep]:
+            if wanted.keep_every is None or step_of(old) % wanted.keep_every:
+                removed = old.with_name(f".{old.name}.removed")  # renamed first: no half-deleted final name
+                old.rename(removed)
+                shutil.rmtree(removed)
+
+    def _explain(self, error: BaseException, final: Path) -> str:
+        last = list_checkpoints(self.folder)
+        safe = f"the last intact checkpoint is {last[-1]}" if last else "there is no earlier checkpoint"
+        reason = str(error).strip().splitlines()[-1]
+        return f"could not save {final}: {reason}\n  {safe}; make room and run the same command again"
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's moments as {<parameter>.<moment>: tensor}, created as zeros where there was no step yet."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            moments = optimizer.state[parameter]
+            if not moments:
+                moments.update(
+                    step=torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    exp_avg=torch.zeros_like(parameter, requires_grad=False),
+                    exp_avg_sq=torch.zeros_like(parameter, requires_grad=False),
+                )
+            found.update({f"{name}.{key}": value for key, value in moments.items() if key != "step"})
+    return found
+
+
+def restore(checkpoint: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
+    """Read weights and moments in place; the count of updates comes from state.json."""
+    state = read_state(checkpoint)
+    _read_tensors(checkpoint / "model", dict(model.state_dict()))
+    _read_tensors(checkpoint / "optimizer", optimizer_tensors(model, optimizer))
+    for moments in optimizer.state.values():
+        moments["step"].fill_(float(state.step))
+    return state
+
+
+def load_model(checkpoint: Path, *, device: torch.device) -> tuple[Decoder, Config]:
+    """The trained model of a checkpoint folder, in float32 and evaluation mode, on one process."""
+    config = read_config(checkpoint)
+    model = build_model(config.model, n_tokens=read_state(checkpoint).n_tokens).to(device)
+    _read_tensors(checkpoint / "model", dict(model.state_dict()), alone=True)
+    return model.eval(), config
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """A checkpoint folder itself, or the newest intact checkpoint of a run folder."""
+    if not path.is_dir():
+        siblings = sorted(str(p) for p in path.parent.glob("*")) if path.parent.is_dir() else []
+        raise UserError(f"no folder {path}{nearest(str(path), siblings)}")
+    if (path / "state.json").is_file():
+        faults = verify(path)
+        if faults:
+            raise UserError(f"checkpoint {path} is damaged: {'; '.join(faults)}")
+        return path
+    newest = newest_intact(path / "checkpoints", warn=print)
+    if newest is None:
+        raise UserError(f"{path} is neither a checkpoint nor a run with one in {path / 'checkpoints'}")
+    return newest
+
+
+def newest_intact(folder: Path, *, warn: Any) -> Path | None:
+    """The newest checkpoint that verifies; damaged ones are named through `warn`. None: there never was one.
+
+    Errors: there are checkpoints and all of them are damaged.
+    """
+    found = list_checkpoints(folder)
+    for checkpoint in reversed(found):
+        faults = verify(checkpoint)
+        if not faults:
+            return checkpoint
+        warn(f"warning: checkpoint {checkpoint} is damaged and passed over: {'; '.join(faults)}")
+    if found:
+        raise UserError(f"every checkpoint in {folder} is damaged; move the folder away to start over")
+    return None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Folders under final names, oldest first."""
+    return sorted((path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def verify(checkpoint: Path) -> list[str]:
+    """What is wrong with a checkpoint folder: file, expected and found; empty when it is intact."""
+    try:
+        expected = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"manifest.json is missing or unreadable ({type(error).__name__})"]
+    faults = []
+    for name, wanted in sorted(expected.items()):
+        path = checkpoint / name
+        try:
+            found = _fingerprint(path)
+        except OSError as error:
+            faults.append(f"{name}: {error.strerror}")
+            continue
+        if found != wanted:
+            faults.append(
+                f"{name}: expected {wanted['bytes']} bytes with checksum {wanted['xxh3_128']}, "
+                f"found {found['bytes']} bytes with {found['xxh3_128']}"
+            )
+    return faults
+
+
+def read_state(checkpoint: Path) -> TrainState:
+    """state.json, checked."""
+    try:
+        state = TrainState.model_validate_json((checkpoint / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValidationError) as error:
+        raise UserError(f"{checkpoint / 'state.json'} cannot be read: {error}") from None
+    if state.format != FORMAT:
+        raise UserError(f"{checkpoint} has format {state.format}, this version reads {FORMAT}")
+    return state
+
+
+def read_config(checkpoint: Path) -> Config:
+    """The settings that the checkpoint was written under."""
+    path = checkpoint / "config.yaml"
+    return config_from_values(read_yaml(path), origin=str(path))
+
+
+def _alone() -> bool:
+    return not torch.distributed.is_initialized()
+
+
+def _write_tensors(folder: Path, tensors: dict[str, Any]) -> None:
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    save(tensors, storage_writer=writer, no_dist=_alone())
+
+
+def _read_tensors(folder: Path, tensors: dict[str, Any], *, alone: bool = False) -> None:
+    try:
+        load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone or _alone())
+    except CheckpointException as error:
+        raise UserError(f"{folder} does not fit this model: {str(error).strip().splitlines()[-1]}") from error
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def _fingerprint(path: Path, *, sync: bool = False) -> dict[str, int | str]:
+    """Size and checksum; with `sync` the file is also forced to disk."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+        if sync:
+            os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "xxh3_128": digest.hexdigest()}
+
+
+def _sync_folder(folder: Path) -> None:
+    """Force a folder's names to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,48 @@
+"""curves.png: the record of a run as a picture.
+
+In: the lines of metrics.jsonl. Out: loss and learning rate over steps. Needs matplotlib and no display.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def draw_curves(lines: list[dict[str, Any]], path: Path, *, title: str) -> None:
+    """Plot training and validation loss (nats per token), learning rate and gradient norm into `path`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and not needed to train
+    from matplotlib.figure import Figure
+
+    training = [line for line in lines if "loss" in line]
+    validation = [line for line in lines if "val_loss" in line]
+    if not training:
+        return
+    steps = [line["step"] for line in training]
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    top.plot(steps, [line["loss"] for line in training], color="tab:blue", linewidth=1, alpha=0.8, label="training")
+    if validation:
+        val_steps = [line["step"] for line in validation]
+        top.plot(val_steps, [line["val_loss"] for line in validation], "o-", color="tab:orange", label="validation")
+        last = validation[-1]
+        top.annotate(
+            f"{last['val_loss']:.3f}",
+            (last["step"], last["val_loss"]),
+            xytext=(0, 8),
+            textcoords="offset points",
+            ha="right",
+        )
+    top.set(title=title, ylabel="loss (nats per token)")
+    top.legend()
+    bottom.plot(steps, [line["lr"] for line in training], color="tab:green")
+    bottom.set(xlabel="step", ylabel="learning rate")
+    norms = bottom.twinx()
+    norms.plot(steps, [line["grad_norm"] for line in training], color="tab:gray", linewidth=0.7, alpha=0.6)
+    norms.set(ylabel="gradient norm", yscale="log")
+    for axes in (top, bottom):
+        axes.grid(alpha=0.3)
+    temporary = path.with_name(f".{path.name}.partial")
+    figure.savefig(temporary, format="png", dpi=120)
+    temporary.replace(path)

@@ -1,0 +1,161 @@
+"""The record of a run: metrics.jsonl, the console line, throughput and MFU.
+
+In: what each step returned and how long it took. Out: one JSON object per logged step, at full precision, each
+step once even after kills. Everything else (console, curves, trackers) is fed from it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from pipeline.errors import UserError
+
+# Dense bf16 (fp16) peak in TFLOP/s, from the vendors' data sheets; sparsity figures are twice these.
+# The first name found in the device's name counts, so longer names stand before their prefixes.
+PEAK_TFLOPS = (
+    ("GB200", 2500.0),
+    ("B200", 2250.0),
+    ("H200", 989.0),
+    ("H100 PCIe", 756.0),
+    ("H100 NVL", 835.0),
+    ("H100", 989.0),
+    ("H800", 989.0),
+    ("A100", 312.0),
+    ("A800", 312.0),
+    ("L40S", 362.0),
+    ("L4", 121.0),
+    ("A40", 150.0),
+    ("A10", 125.0),
+    ("RTX 6000 Ada", 364.0),
+    ("RTX 4090", 165.2),
+    ("RTX 3090", 71.0),
+    ("MI300X", 1307.0),
+    ("MI250X", 383.0),
+)
+
+
+def device_peak_flops(device: torch.device, precision: torch.dtype, *, override_tflops: float | None) -> float | None:
+    """Peak FLOP/s of one device, or None where it is not known: then no MFU is shown instead of a wrong one."""
+    if override_tflops is not None:
+        return override_tflops * 1e12
+    if device.type != "cuda" or precision == torch.float32:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak * 1e12 for part, peak in PEAK_TFLOPS if part in name), None)
+
+
+@dataclass
+class Meter:
+    """Time and tokens of the steps since the last logged one; evaluation and saving are not in it.
+
+    The first step of a process is left out: it compiles and warms caches.
+    """
+
+    flops_per_token: int
+    peak_flops: float | None
+    seconds: float = 0.0
+    waited: float = 0.0
+    tokens: int = 0
+    steps: int = -1
+
+    def count(self, *, tokens: int, seconds: float, waited: float) -> None:
+        """Add one step: what it trained on, the seconds it computed and those it waited for data before that."""
+        self.steps += 1
+        if self.steps > 0:
+            self.seconds += waited + seconds
+            self.waited += waited
+            self.tokens += tokens
+
+    def take(self) -> dict[str, float]:
+        """Rates since the last call: tokens per second over all ranks, seconds per step, MFU where known."""
+        if self.steps <= 0 or self.seconds <= 0:
+            return {}
+        rate = self.tokens / self.seconds
+        rates = {
+            "tokens_per_second": rate,
+            "step_seconds": self.seconds / self.steps,
+            "data_wait_seconds": self.waited / self.steps,
+        }
+        if self.peak_flops is not None:
+            rates["mfu"] = rate * self.flops_per_token / self.peak_flops
+        self.seconds, self.waited, self.tokens, self.steps = 0.0, 0.0, 0, 0
+        return rates
+
+
+class Record:
+    """metrics.jsonl: append-only, cut back to the step that a run resumes from."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def cut_after(self, step: int) -> None:
+        """Drop the lines of later steps, and a line that a kill tore."""
+        if self.path.exists():
+            kept = "".join(json.dumps(line) + "\n" for line in read_record(self.path) if line["step"] <= step)
+            temporary = self.path.with_suffix(".partial")
+            temporary.write_text(kept, encoding="utf-8")
+            temporary.replace(self.path)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append one object and force it to disk: the checkpoint that follows must not outlive its record."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_record(path: Path) -> list[dict[str, Any]]:
+    """All whole lines; the last may be torn by a kill and is then left out."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    parsed = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            parsed.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number != len(lines):
+                raise UserError(f"{path}, line {number} is not JSON; restore the file or move the run away") from None
+    return parsed
+
+
+class ConsoleLine:
+    """One line per logged step, for people."""
+
+    def __init__(self, *, total_steps: int) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.total_steps = total_steps
+
+    def show(self, line: dict[str, Any]) -> None:
+        """Print a training or an evaluation line."""
+        place = f"[bold]step {line['step']:>{len(str(self.total_steps))}}/{self.total_steps}[/bold]"
+        if "val_loss" in line:
+            parts = [place, f"[green]validation loss {line['val_loss']:.4f}[/green]"]
+            parts.append(f"{line['val_bits_per_byte']:.4f} bits per byte")
+        else:
+            parts = [place, f"loss {line['loss']:.4f}", f"lr {line['lr']:.2e}", f"grad norm {line['grad_norm']:.3f}"]
+            parts += self._rates(line)
+        self.console.print("  ".join(parts))
+
+    def _rates(self, line: dict[str, Any]) -> list[str]:
+        if "tokens_per_second" not in line:
+            return []
+        left = (self.total_steps - line["step"]) * line["step_seconds"]
+        parts = [f"{line['tokens_per_second']:,.0f} tokens/s", f"ETA {_duration(left)}"]
+        if "mfu" in line:
+            parts.append(f"MFU {line['mfu']:.1%}")
+        waited = line["data_wait_seconds"] / line["step_seconds"]
+        if waited > 0.02:
+            parts.append(f"[yellow]waits for data {waited:.0%}[/yellow]")
+        return parts
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,192 @@
+"""The folder of a run: what it is, what happened, and where it goes on.
+
+    runs/NAME/config.yaml  environment.json  metrics.jsonl  curves.png  checkpoints/
+
+In: the configuration and the dataset. Out: a `Run` that resumes from the newest intact checkpoint when the
+same command is given again, and refuses when data or model are not what they were.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+import yaml
+
+from pipeline.config import Config, resolved
+from pipeline.data.shards import Dataset
+from pipeline.errors import UserError
+from pipeline.model.transformer import Decoder
+from pipeline.train.checkpoint import CheckpointStore, TrainState, newest_intact, read_config, read_state, restore
+from pipeline.train.curves import draw_curves
+from pipeline.train.metrics import ConsoleLine, Meter, Record, read_record
+from pipeline.train.optim import learning_rate
+from pipeline.train.runtime import Runtime, Trackers, environment
+from pipeline.train.step import Evaluation, StepResult
+
+# Sections whose change makes it another run; what may change freely is the rest of the run's surroundings.
+FIXED = ("seed", "data", "model", "objective")
+FREE = ("run_dir", "parallel", "checkpoint", "eval", "log")
+FREE_KEYS = ("train.steps", "train.tokens", "train.micro_batch", "train.device", "train.compile")
+
+
+class Run:
+    """Record, checkpoints and trackers of one run folder."""
+
+    def __init__(self, config: Config, dataset: Dataset, *, runtime: Runtime) -> None:
+        self.config = config
+        self.dataset = dataset
+        self.runtime = runtime
+        self.folder = Path(config.run_dir)
+        tokenizer = dataset.tokenizer_path
+        self.store = CheckpointStore(self.folder / "checkpoints", config, tokenizer_file=tokenizer, runtime=runtime)
+        self.record = Record(self.folder / "metrics.jsonl")
+        self.console = ConsoleLine(total_steps=config.total_steps)
+
+    def resume(self, model: Decoder, optimizer: torch.optim.Optimizer) -> TrainState:
+        """Fill model and optimizer from the newest intact checkpoint, or leave them and start at step 0.
+
+        Errors: data, tokenizer, model or seed differ from the checkpoint's; other training settings differ and
+        `checkpoint.allow_changes` is not set.
+        """
+        self.store.clean()
+        self.runtime.barrier()
+        newest = newest_intact(self.store.folder, warn=self.runtime.say)
+        if newest is None:
+            state = self._first_state(model)
+        else:
+            self._refuse_another_run(newest)
+            state = restore(newest, model=model, optimizer=optimizer)
+            self.runtime.say(f"resuming from {newest}")
+        if self.runtime.is_main:
+            self._open(state)
+        self.runtime.barrier()
+        return state
+
+    def _first_state(self, model: Decoder) -> TrainState:
+        return TrainState(
+            step=0,
+            rows=0,
+            tokens=0,
+            n_tokens=model.n_tokens,
+            data_digest=self.dataset.data_digest,
+            tokenizer_fingerprint=self.dataset.tokenizer_fingerprint,
+            tokenizer_eos_id=self.dataset.eos_id,
+        )
+
+    def _refuse_another_run(self, checkpoint: Path) -> None:
+        state = read_state(checkpoint)
+        was = (state.tokenizer_fingerprint, state.data_digest)
+        now = (self.dataset.tokenizer_fingerprint, self.dataset.data_digest)
+        for name, old, new in zip(("tokenizer", "data"), was, now, strict=True):
+            if old != new:
+                raise UserError(
+                    f"the {name} of {self.dataset.path} is not the one that {checkpoint} was trained with: "
+                    f"checkpoint {old[:16]}, dataset {new[:16]}; restore the dataset or choose another --run-dir"
+                )
+        changes = changed_settings(read_config(checkpoint), self.config)
+        another_run = [line for key, line in changes.items() if key.split(".")[0] in FIXED]
+        if another_run:
+            raise UserError(
+                f"{checkpoint} belongs to another run; choose another --run-dir or restore these settings:\n  "
+                + "\n  ".join(another_run)
+            )
+        if changes and not self.config.checkpoint.allow_changes:
+            raise UserError(
+                f"settings differ from those of {checkpoint}; restore them, or go on with the new ones by "
+                "--checkpoint.allow-changes true:\n  " + "\n  ".join(changes.values())
+            )
+        for line in changes.values():
+            self.runtime.say(f"changed on resuming: {line}")
+
+    def _open(self, state: TrainState) -> None:
+        """Write the folder's description and bring the record back to `state`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        settings = resolved(self.config)
+        _write(self.folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+        path = self.folder / "environment.json"
+        history = _read_environment(path) or {"run_id": uuid4().hex[:12], "starts": []}
+        started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        history["starts"].append({"from_step": state.step, "started": started, **environment()})
+        _write(path, json.dumps(history, indent=2) + "\n")
+        self.record.cut_after(state.step)
+        self.trackers = Trackers(self.runtime, self.config, run_id=history["run_id"], settings=settings)
+
+    def log_step(self, state: TrainState, result: StepResult, *, meter: Meter) -> None:
+        """Record a training step: at `log.every` and at the end."""
+        lr = learning_rate(state.step, self.config)
+        line = {"step": state.step, "tokens": state.tokens, "loss": result.loss, "lr": lr}
+        self._log({**line, "grad_norm": result.grad_norm, **meter.take()})
+
+    def log_evaluation(self, state: TrainState, evaluation: Evaluation) -> None:
+        """Record an evaluation."""
+        line = {"step": state.step, "tokens": state.tokens, "val_loss": evaluation.loss}
+        line["val_bits_per_byte"] = evaluation.bits_per_byte
+        self._log({**line, "val_targets": evaluation.targets})
+
+    def _log(self, line: dict[str, Any]) -> None:
+        if self.runtime.is_main:
+            self.record.write(line)
+            self.console.show(line)
+            numbers = {key: value for key, value in line.items() if key != "step"}
+            self.trackers.log(numbers, step=line["step"])
+
+    def save(self, state: TrainState, *, model: Decoder, optimizer: torch.optim.Optimizer) -> None:
+        """Write a checkpoint and bring curves.png up to date."""
+        began = time.perf_counter()
+        path = self.store.save(state, model=model, optimizer=optimizer)
+        self.runtime.say(f"saved {path} in {time.perf_counter() - began:.2f} s")
+        if self.runtime.is_main:
+            self._draw()
+
+    def _draw(self) -> None:
+        try:
+            draw_curves(read_record(self.record.path), self.folder / "curves.png", title=self.folder.name)
+        except Exception as error:  # a picture must never stop a run: matplotlib may be missing or a font broken
+            self.runtime.say(f"warning: curves.png was not drawn: {error}")
+
+
+def changed_settings(old: Config, new: Config) -> dict[str, str]:
+    """Settings that bear on the result and differ: {key: "key: old -> new"}.
+
+    Lengths are compared in steps, the way the schedule uses them, however they were written.
+    """
+    before, after = _flat(old), _flat(new)
+    changes = {}
+    for key in sorted(before):
+        free = key.split(".")[0] in FREE or key in FREE_KEYS
+        if before[key] != after[key] and not free:
+            changes[key] = f"{key}: {before[key]} -> {after[key]}"
+    return changes
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    flat: dict[str, Any] = {"seed": config.seed}
+    for section, keys in resolved(config).items():
+        if isinstance(keys, dict):
+            flat.update({f"{section}.{key}": value for key, value in keys.items()})
+    lengths = {"optim.warmup_steps": config.warmup, "optim.horizon_steps": config.horizon}
+    flat.update(lengths, **{"optim.warmup_tokens": None, "optim.horizon_tokens": None})
+    flat["data.path"] = None  # a dataset is known by its digest and may be moved
+    return flat
+
+
+def _read_environment(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    return dict(found)
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file at once, so that a kill leaves the old or the new one."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

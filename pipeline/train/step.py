@@ -1,0 +1,153 @@
+"""The arithmetic of one update, and of evaluation.
+
+In: a model, this rank's micro-batches. Out: the loss and gradient norm of the global batch. The loss is the
+sum of nats over all targets of all ranks and micro-batches divided by their number, never a mean of means,
+so splitting the same rows differently changes nothing but rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.data.loader import Loader, RankBatch
+from pipeline.seeds import named_seed
+from pipeline.train.guard import stop_if_not_finite
+from pipeline.train.runtime import Runtime
+
+EVALUATION_ROWS = 64  # rows per global batch of an evaluation and rank: only memory and reading depend on it
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """loss: mean nats per target of the global batch; grad_norm: global L2 norm before clipping; wall seconds."""
+
+    loss: float
+    grad_norm: float
+    targets: int
+    seconds: float
+
+
+class Trainer:
+    """A model with its optimizer: one `step` per global batch."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        loader: Loader,
+        runtime: Runtime,
+        clip_norm: float | None,
+        seed: int,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.loader = loader
+        self.runtime = runtime
+        self.clip_norm = clip_norm
+        self.seed = seed
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        # fp16 has too little range for small gradients: the loss is scaled up, gradients down again
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == torch.float16)
+
+    def step(self, batch: RankBatch, *, step: int, lr: float) -> StepResult:
+        """Make update number `step`. Errors: a loss or gradient that is not finite, before it is applied."""
+        began = perf_counter()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        local = sum(part.targets for part in batch.micro_batches)
+        targets = int(self.runtime.sum(torch.tensor(local, dtype=torch.float64, device=self.runtime.device)).item())
+        while True:
+            losses = self._backward(batch, step=step, targets=targets)
+            self.scaler.unscale_(self.optimizer)
+            grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            loss = self.runtime.sum(losses.sum()).item() / targets
+            norm = grad_norm.item()
+            if math.isfinite(loss) and math.isfinite(norm):
+                break
+            if not (math.isfinite(loss) and self._lower_scale()):
+                stop_if_not_finite(loss, norm, losses, batch=batch, step=step, loader=self.loader)
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(loss=loss, grad_norm=norm, targets=targets, seconds=perf_counter() - began)
+
+    def loss_scale(self) -> dict[str, float | int]:
+        """State of the fp16 loss scale, for the checkpoint; empty in other precisions."""
+        return self.scaler.state_dict()
+
+    def load_loss_scale(self, state: dict[str, float | int]) -> None:
+        """Go on with the loss scale of a checkpoint."""
+        if state:
+            self.scaler.load_state_dict(state)
+
+    def _backward(self, batch: RankBatch, *, step: int, targets: int) -> Tensor:
+        """Accumulate d(mean loss)/d(parameters); return the summed nats of each micro-batch (M,), float64."""
+        # DDP averages gradients over ranks where we want their sum, hence the factor.
+        scale = self.runtime.world_size / targets
+        losses = []
+        for number, part in enumerate(batch.micro_batches):
+            place = self.runtime.rank * len(batch.micro_batches) + number
+            torch.manual_seed(named_seed(self.seed, "dropout", step, place))
+            part = part.to(self.runtime.device)
+            with self.runtime.without_sync(self.model, last=number == len(batch.micro_batches) - 1):
+                with self.runtime.autocast():
+                    loss = self.model(**part.inputs, labels=part.labels)
+                self.scaler.scale(loss * scale).backward()
+            losses.append(loss.detach().double())
+        return torch.stack(losses)
+
+    def _lower_scale(self) -> bool:
+        """After an overflow in fp16: halve the scale for another try at the same batch, so that none is lost."""
+        if not self.scaler.is_enabled() or self.scaler.get_scale() <= 1:
+            return False
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return True
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """loss: mean nats per target over the validation set; bits_per_byte compares across tokenizers."""
+
+    loss: float
+    bits_per_byte: float
+    targets: int
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: Loader, *, runtime: Runtime, tokens: int | None) -> Evaluation:
+    """Mean loss over the first `tokens` tokens (default: all) of a fixed validation set, each counted once.
+
+    bits per byte = nats per token / ln 2 * tokens per byte of the whole split, end-of-document tokens included.
+    """
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float64)
+    for batch in _validation_batches(loader, tokens=tokens):
+        for part in batch.micro_batches:
+            sums[1] += part.targets
+            part = part.to(runtime.device)
+            with runtime.autocast():
+                sums[0] += model(**part.inputs, labels=part.labels).double().cpu()
+    model.train()
+    nats, targets = runtime.sum(sums.to(runtime.device)).tolist()
+    split = loader.windows.split
+    loss = nats / targets
+    return Evaluation(loss, loss / math.log(2) * split.n_tokens / split.text_bytes, int(targets))
+
+
+def _validation_batches(loader: Loader, *, tokens: int | None) -> Iterator[RankBatch]:
+    rows = loader.windows.all_rows
+    if tokens is not None:
+        rows = min(rows, -(-tokens // loader.windows.context_length))
+    size = EVALUATION_ROWS * loader.world_size
+    for first in range(0, rows, size):
+        yield loader.batch(first, min(size, rows - first))

@@ -1,0 +1,132 @@
+"""Train a model from scratch, or go on where the same command stopped.
+
+    python pretrain.py configs/quickstart.yaml [--section.key VALUE ...]
+    torchrun --nproc_per_node=8 pretrain.py configs/gpt_124m.yaml
+
+In: a config and a dataset folder of data_prep.py. Out: a run folder with checkpoints, metrics.jsonl and
+curves.png. Exit code 0: done; 2: a mistake to mend, told in one message; 75: stopped by a signal, saved.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from pipeline.cli import load_config
+from pipeline.config import Config
+from pipeline.data.loader import Loader, Prefetcher, training_loader, validation_loader
+from pipeline.data.shards import Dataset, open_dataset
+from pipeline.errors import StoppedEarly, UserError, run_command
+from pipeline.model.transformer import Decoder, build_model, count_parameters, flops_per_token, initialise
+from pipeline.train.checkpoint import TrainState
+from pipeline.train.guard import StopSignal
+from pipeline.train.metrics import Meter, device_peak_flops
+from pipeline.train.optim import build_optimizer, learning_rate
+from pipeline.train.parallel import parallelise
+from pipeline.train.run import Run
+from pipeline.train.runtime import Runtime
+from pipeline.train.step import Trainer, evaluate
+
+
+def main() -> None:
+    """Compose the run in the order of the flow: data, model, optimizer, state, loop."""
+    config = load_config(sys.argv[1:])
+    dataset = open_dataset(config.data.path)
+    runtime = Runtime.start(config)
+    model = make_model(config, dataset, runtime)
+    optimizer = build_optimizer(model, config.optim)
+    run = Run(config, dataset, runtime=runtime)
+    state = run.resume(model, optimizer)
+    loader, validation = make_loaders(config, dataset, runtime)
+    wrapped = parallelise(model, config.parallel, runtime=runtime, compiled=config.train.compile)
+    trainer = Trainer(
+        wrapped, optimizer, loader=loader, runtime=runtime, clip_norm=config.optim.clip_norm, seed=config.seed
+    )
+    trainer.load_loss_scale(state.loss_scale)
+    announce(config, model, loader, runtime)
+    try:
+        train(run, state, model=model, trainer=trainer, validation=validation)
+    finally:
+        runtime.stop()
+
+
+def train(run: Run, state: TrainState, *, model: Decoder, trainer: Trainer, validation: Loader | None) -> None:
+    """The loop: it says when; the functions it calls say how."""
+    config, runtime, last = run.config, run.runtime, run.config.total_steps
+    meter = make_meter(config, model, runtime)
+    batches = Prefetcher(trainer.loader, first_row=state.rows, rows=config.batch_rows)
+    stop = StopSignal()
+    for step, batch in zip(range(state.step + 1, last + 1), batches, strict=False):
+        result = trainer.step(batch, step=step, lr=learning_rate(step, config))
+        state = state.after(rows=config.batch_rows, targets=result.targets, loss_scale=trainer.loss_scale())
+        meter.count(tokens=result.targets, seconds=result.seconds, waited=batches.wait_seconds)
+        if step % config.log.every == 0 or step == last:
+            run.log_step(state, result, meter=meter)
+        if validation and (step % config.eval.every == 0 or step == last):
+            run.log_evaluation(state, evaluate(trainer.model, validation, runtime=runtime, tokens=config.eval.tokens))
+        stopping = runtime.any(stop.requested)
+        if step % config.checkpoint.every == 0 or step == last or stopping:
+            run.save(state, model=model, optimizer=trainer.optimizer)
+        if stopping and step < last:
+            raise StoppedEarly(f"stopped after step {step}; to go on, run: {' '.join(sys.argv)}")
+    batches.close()
+    runtime.say(f"done: {state.step} steps, {state.tokens:,} tokens; next: python sample.py {config.run_dir}")
+
+
+def make_model(config: Config, dataset: Dataset, runtime: Runtime) -> Decoder:
+    """The model for this dataset's vocabulary, initialised on the device. Errors: a vocabulary that does not fit."""
+    rows = config.model.vocab_size
+    if rows is not None and rows < dataset.vocab_size:
+        raise UserError(
+            f"model.vocab_size is {rows} but {dataset.path} has a vocabulary of {dataset.vocab_size} tokens; "
+            f"remove model.vocab_size or raise it to at least {dataset.vocab_size}"
+        )
+    model = build_model(config.model, n_tokens=dataset.vocab_size).to(runtime.device)
+    initialise(model, seed=config.seed)
+    return model
+
+
+def make_loaders(config: Config, dataset: Dataset, runtime: Runtime) -> tuple[Loader, Loader | None]:
+    """Training rows in shuffled order, and validation rows as they stand; None without a validation split."""
+    context, rank, ranks = config.model.context_length, runtime.rank, runtime.world_size
+    training = training_loader(
+        dataset,
+        config.data,
+        context_length=context,
+        seed=config.seed,
+        rank=rank,
+        world_size=ranks,
+        micro_batch=config.train.micro_batch,
+    )
+    if dataset.split("val").n_tokens < 2:
+        return training, None
+    validation = validation_loader(
+        dataset, config.data, context_length=context, rank=rank, world_size=ranks, micro_batch=config.train.micro_batch
+    )
+    return training, validation
+
+
+def make_meter(config: Config, model: Decoder, runtime: Runtime) -> Meter:
+    """Throughput of all ranks, held against their peak where it is known."""
+    peak = device_peak_flops(runtime.device, runtime.precision, override_tflops=config.log.peak_tflops)
+    flops = flops_per_token(model, context_length=config.model.context_length)
+    return Meter(flops_per_token=flops, peak_flops=None if peak is None else peak * runtime.world_size)
+
+
+def announce(config: Config, model: Decoder, loader: Loader, runtime: Runtime) -> None:
+    """Say what is about to happen: sizes, the batch as an equation, epochs, the learning rate's course."""
+    rows, context, last = config.batch_rows, config.model.context_length, config.total_steps
+    accumulation = loader.accumulation(rows)
+    micro = -(-rows // (runtime.world_size * accumulation))
+    epochs, all_tokens = last * rows / loader.windows.full_rows, last * config.train.batch_tokens
+    rates = ", ".join(f"{learning_rate(s, config):.2e} at {s}" for s in sorted({1, config.warmup or 1, last}))
+    runtime.say(
+        f"{count_parameters(model):,} parameters; {runtime.describe()}\n"
+        f"batch: {runtime.world_size} ranks x {accumulation} accumulated x {micro} sequences x {context} tokens "
+        f"= {config.train.batch_tokens:,} tokens ({rows} sequences)\n"
+        f"{last:,} steps = {all_tokens:,} tokens = {epochs:.2f} epochs of {loader.windows.targets:,} tokens; "
+        f"learning rate {rates}"
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)
