@@ -1,0 +1,157 @@
+"""What a prepared dataset says about itself: `manifest.json`, written last.
+
+In: the folder of a dataset. Out: a typed `Manifest`, or a `UserError` when the folder is not a
+complete dataset of this format. A folder without a manifest is unfinished, whatever else it holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.errors import UserError, nearest
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+TOKENIZER_NAME = "tokenizer.json"
+SplitName = Literal["train", "val"]
+SPLITS: tuple[SplitName, ...] = ("train", "val")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileInfo(_Record):
+    """One file of a shard: its size in bytes and the xxh3_128 of its content in hexadecimal."""
+
+    size: int
+    checksum: str
+
+
+class ShardInfo(_Record):
+    """One shard, `NAME.bin`, `NAME.idx` and `NAME.docs.npy`; `files` is keyed by file name."""
+
+    name: str
+    documents: int
+    tokens: int
+    text_bytes: int
+    files: dict[str, FileInfo]
+
+    def file(self, suffix: str) -> FileInfo:
+        """The entry of `NAME<suffix>`; suffixes are `.bin`, `.idx`, `.docs.npy`."""
+        return self.files[self.name + suffix]
+
+
+class InputInfo(_Record):
+    """One source of documents. `fingerprint` changes when its content does (size and mtime of a file)."""
+
+    name: str
+    kind: str
+    size: int
+    fingerprint: str
+
+
+class Manifest(_Record):
+    """All that is known of a dataset; `docs/data_format.md` describes each key."""
+
+    format_version: int
+    dtype: Literal["uint16", "int32"]
+    vocab_size: int
+    eos_id: int
+    tokenizer_fingerprint: str
+    data_digest: str
+    split_rule: str
+    splits: dict[SplitName, tuple[ShardInfo, ...]]
+    records: int
+    drops: dict[str, int]
+    settings: dict[str, Any]
+    inputs: tuple[InputInfo, ...]
+
+    def total(self, split: SplitName, what: Literal["documents", "tokens", "text_bytes"]) -> int:
+        """Sum of one count over the shards of a split."""
+        return sum(getattr(shard, what) for shard in self.splits.get(split, ()))
+
+
+def canonical_json(value: Any) -> bytes:
+    """One spelling per value: sorted keys, no blanks, ASCII. What digests are taken of."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 (hexadecimal) of the canonical JSON of `value`."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def data_digest(splits: Mapping[SplitName, Sequence[ShardInfo]], *, tokenizer_fingerprint: str, dtype: str) -> str:
+    """Identity of the token streams: which ids in which order, and what they mean.
+
+    Names, folders and dates do not enter, so a copied dataset keeps its digest.
+    """
+    tokens = {split: [shard.file(".bin").checksum for shard in splits.get(split, ())] for split in SPLITS}
+    lengths = {split: [shard.file(".idx").checksum for shard in splits.get(split, ())] for split in SPLITS}
+    return digest_of({"bin": tokens, "idx": lengths, "tokenizer": tokenizer_fingerprint, "dtype": dtype})
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a dataset.
+
+    Raises `UserError` for a missing folder, an unfinished dataset, another format version or a damaged file.
+    """
+    path = folder / MANIFEST_NAME
+    if not folder.is_dir():
+        names = sorted(p.name for p in folder.parent.iterdir()) if folder.parent.is_dir() else []
+        raise UserError(f"no dataset folder {folder}{nearest(folder.name, names)}")
+    if not path.exists():
+        raise UserError(f"{folder} is not complete: it has no {MANIFEST_NAME}; run data_prep.py again to finish it")
+    try:
+        values = json.loads(path.read_bytes())
+        version = values["format_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a manifest of data_prep.py ({error!r}); run data_prep.py again") from None
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format version {version!r} found, this program reads {FORMAT_VERSION}; "
+            "prepare the data again or use the version of this program that made it"
+        )
+    try:
+        return Manifest.model_validate(values)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(str(part) for part in fault["loc"])
+        raise UserError(f"{path} is damaged at {where!r}: {fault['msg']}; run data_prep.py again") from None
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the mark of completeness, durably and all at once."""
+    write_durably(folder / MANIFEST_NAME, json.dumps(manifest.model_dump(), indent=1).encode() + b"\n")
+    fsync_folder(folder)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Replace `path` by `content` in one step that survives a power cut once the folder is synced too."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

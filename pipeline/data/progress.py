@@ -1,0 +1,67 @@
+"""The progress bar of a preparation, shown on a terminal only.
+
+In: batches and units as they are finished. Out: text bytes a second, tokens a second, time left, drops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from pipeline.data.corpus import Unit
+from pipeline.data.unit import UnitReport
+
+
+class UnitProgress:
+    """Counts expected bytes of text, and corrects itself at the end of each unit."""
+
+    def __init__(self, console: Console, units: Sequence[Unit], done: Mapping[int, UnitReport]) -> None:
+        self._sizes = {unit.number: unit.size for unit in units}
+        self._finished = sum(self._sizes[number] for number in done)
+        self._progress = Progress(
+            TextColumn("preparing"),
+            BarColumn(),
+            TransferSpeedColumn(),
+            TextColumn("{task.fields[rate]} tokens/s"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[drops]} dropped"),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        total = sum(self._sizes.values())
+        self._task = self._progress.add_task("", total=total, completed=self._finished, rate="-", drops=0)
+        self._tokens = self._counted = self._drops = 0
+
+    def __enter__(self) -> Self:
+        """Show the bar."""
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """Remove the bar."""
+        self._progress.stop()
+
+    def on_batch(self, text_bytes: int, tokens: int) -> None:
+        """Part of a unit was written."""
+        self._counted += tokens
+        self._progress.advance(self._task, text_bytes)
+        self._show(self._tokens + self._counted)
+
+    def on_unit(self, report: UnitReport) -> None:
+        """A unit was committed."""
+        self._finished += self._sizes[report.unit]
+        self._tokens, self._counted = self._tokens + report.tokens, 0
+        self._drops += len(report.rejected)
+        self._progress.update(self._task, completed=self._finished)
+        self._show(self._tokens)
+
+    def _show(self, tokens: int) -> None:
+        seconds = self._progress.tasks[0].elapsed or 0.0
+        rate = f"{tokens / seconds:,.0f}" if seconds > 0 else "-"
+        self._progress.update(self._task, rate=rate, drops=self._drops)

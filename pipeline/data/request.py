@@ -1,0 +1,111 @@
+"""What the user asked for, and whether an output folder already answers it.
+
+In: the settings of the command line. Out: their identity, and the refusal of a folder made for another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from pipeline.data.corpus import Corpus
+from pipeline.data.formats import TextRules
+from pipeline.data.ledger import LEDGER_NAME, LOCK_NAME, Ledger
+from pipeline.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, InputInfo, Manifest, digest_of, read_manifest
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for; see `data_prep.py --help`."""
+
+    inputs: tuple[str, ...]
+    output: Path
+    tokenizer: str = "gpt2"
+    val_fraction: float | None = None
+    workers: int = 1
+    rules: TextRules = field(default_factory=TextRules)
+    exclude: tuple[str, ...] = ()
+    seed: int = 1337
+    eos: str | None = None
+    max_bad: float = 0.01
+
+    def check(self) -> None:
+        """Refuse numbers that make no sense, all at once."""
+        faults = []
+        if self.val_fraction is not None and not 0 <= self.val_fraction < 1:
+            faults.append(f"--val-fraction wants a number in [0, 1), got {self.val_fraction:g}")
+        if not 0 <= self.max_bad <= 1:
+            faults.append(f"--max-bad wants a number in [0, 1], got {self.max_bad:g}")
+        if self.workers < 1:
+            faults.append(f"--workers wants at least 1, got {self.workers}")
+        if self.rules.separator == "":
+            faults.append("--text-separator wants at least one character, got none")
+        if faults:
+            raise UserError("\n".join(faults))
+
+    def identity(self, corpus: Corpus) -> dict[str, Any]:
+        """The settings that the dataset depends on, as recorded and compared. Workers are not among them."""
+        names = [source.name for source in corpus.sources]
+        file = Path(self.tokenizer).expanduser()
+        file = file / TOKENIZER_NAME if file.is_dir() else file
+        tokenizer = f"file of xxh3_128 {xxhash.xxh3_128_hexdigest(file.read_bytes())}" if file.is_file() else None
+        return {
+            "inputs": f"{len(names)} sources, digest {digest_of(names)[:16]}",
+            "tokenizer": tokenizer or self.tokenizer,
+            "eos": self.eos,
+            "text_key": self.rules.key,
+            "text_separator": self.rules.separator,
+            "unit_bytes": self.rules.unit_bytes,
+            "val_fraction": self.val_fraction,
+            "seed": self.seed,
+        }
+
+
+def refuse_foreign(output: Path, identity: dict[str, Any]) -> None:
+    """Refuse a folder that something else made, or this program with other settings."""
+    header, _ = Ledger(output).read()
+    recorded = header.settings if header else None
+    if (output / MANIFEST_NAME).exists():
+        recorded = read_manifest(output).settings
+    if recorded is None:
+        ours = {LEDGER_NAME, LEDGER_NAME + ".tmp", LOCK_NAME}
+        others = sorted(entry.name for entry in output.iterdir() if entry.name not in ours)
+        if others:
+            raise UserError(f"{output} holds other files ({', '.join(others[:3])}); choose an empty --output")
+        return
+    different = [
+        f"  {key}: made with {recorded.get(key)!r}, now {identity.get(key)!r}"
+        for key in sorted(recorded.keys() | identity.keys())
+        if recorded.get(key) != identity.get(key)
+    ]
+    if different:
+        remedy = "choose another --output, or remove this folder to start over"
+        raise UserError(f"{output} was made with other settings:\n" + "\n".join(different) + f"\n{remedy}")
+
+
+def complete_manifest(output: Path, corpus: Corpus) -> Manifest | None:
+    """The manifest, if it is there, and inputs and files are as it says."""
+    if not (output / MANIFEST_NAME).exists():
+        return None
+    manifest = read_manifest(output)
+    shards = [shard for shards in manifest.splits.values() for shard in shards]
+    sizes = {name: info.size for shard in shards for name, info in shard.files.items()}
+    whole = (output / TOKENIZER_NAME).exists() and sizes_agree(output, sizes)
+    return manifest if whole and manifest.inputs == input_infos(corpus) else None
+
+
+def input_infos(corpus: Corpus) -> tuple[InputInfo, ...]:
+    """The sources as the manifest records them."""
+    return tuple(
+        InputInfo(name=source.name, kind=source.kind, size=source.size, fingerprint=source.fingerprint)
+        for source in corpus.sources
+    )
+
+
+def sizes_agree(output: Path, sizes: dict[str, int]) -> bool:
+    """Whether all files are there with these sizes in bytes."""
+    return all((output / name).exists() and (output / name).stat().st_size == size for name, size in sizes.items())

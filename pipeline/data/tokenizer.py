@@ -1,0 +1,268 @@
+"""Text to token ids and back: loading, training, identity.
+
+In: `gpt2`, a `tokenizer.json`, `train:N`, `chars` or `bytes`. Out: a `TextTokenizer`. Whatever the origin, it is
+one `tokenizers.Tokenizer` that its `tokenizer.json` describes completely; ids never depend on this file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.decoders import DecodeStream
+
+from pipeline.data.manifest import TOKENIZER_NAME, canonical_json, write_durably
+from pipeline.errors import UserError, nearest
+
+EOS = "<|endoftext|>"
+COMMON_EOS = (EOS, "</s>", "<eos>", "<|end_of_text|>", "<|eot_id|>", "<｜end▁of▁sentence｜>", "<EOS>", "[EOS]", "[SEP]")
+
+
+@dataclass(frozen=True, eq=False)
+class TextTokenizer:
+    """An exact, frozen tokenizer: no truncation, no padding, special-token text in documents is plain text."""
+
+    tokenizer: Tokenizer
+    definition: dict[str, Any]
+    """Content of its `tokenizer.json`."""
+    eos_id: int
+
+    @classmethod
+    def from_file(cls, path: str | Path, *, eos: str | int | None = None) -> Self:
+        """Load a `tokenizer.json`, or a folder that holds one. `eos`: its token or id, default a common name."""
+        file = Path(path).expanduser()
+        file = file / TOKENIZER_NAME if file.is_dir() else file
+        try:
+            return cls.from_definition(json.loads(file.read_bytes()), origin=str(file), eos=eos)
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise UserError(f"cannot read the tokenizer {file}: {error}; wanted a tokenizer.json") from None
+
+    @classmethod
+    def from_definition(cls, definition: dict[str, Any], *, origin: str, eos: str | int | None = None) -> Self:
+        """Build from the content of a `tokenizer.json`; `origin` names it in errors."""
+        if not isinstance(definition, dict) or "model" not in definition:
+            raise UserError(f"{origin} is not a tokenizer.json: it has no 'model'")
+        definition = {**definition, "truncation": None, "padding": None}
+        try:
+            tokenizer = Tokenizer.from_str(json.dumps(definition))
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError(f"{origin} is not a tokenizer.json that `tokenizers` understands: {error}") from None
+        tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a document is text, not an end
+        return cls(tokenizer=tokenizer, definition=definition, eos_id=_find_eos(tokenizer, eos, origin=origin))
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Highest id + 1, added tokens included."""
+        return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the canonical JSON of the definition."""
+        return hashlib.sha256(canonical_json(self.definition)).hexdigest()
+
+    @property
+    def eos_token(self) -> str:
+        """The token that ends a document."""
+        return str(self.tokenizer.id_to_token(self.eos_id))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a prompt, nothing added."""
+        ids, _ = self.encode_batch([text])
+        return [int(i) for i in ids]
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+        """Ids of all texts end to end, (tokens,), and the tokens of each, (len(texts),). Nothing is added.
+
+        Raises `UserError` for a character that a `chars` vocabulary lacks.
+        """
+        if self._alphabet is not None:
+            self._check_characters(texts)
+        try:
+            encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except (
+            Exception
+        ) as error:  # the library raises nothing narrower, e.g. for a word outside a WordLevel vocabulary
+            raise UserError(f"the tokenizer cannot encode this text: {error}; use one that covers all text") from None
+        lengths = np.array([len(encoding) for encoding in encodings], np.int64)
+        flat = chain.from_iterable(encoding.ids for encoding in encodings)
+        return np.fromiter(flat, np.uint32, count=int(lengths.sum())), lengths
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`, special tokens included."""
+        return str(self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False))
+
+    def stream(self) -> TextStream:
+        """An incremental decoder for ids that arrive one by one."""
+        return TextStream(self.tokenizer)
+
+    def save(self, path: Path) -> None:
+        """Write the `tokenizer.json`; loading it again gives the same fingerprint."""
+        write_durably(path, json.dumps(self.definition, ensure_ascii=False).encode())
+
+    @cached_property
+    def _alphabet(self) -> frozenset[str] | None:
+        """All characters of a vocabulary of single characters; such a model drops others without a word."""
+        model = self.definition["model"]
+        silent = model.get("type") == "BPE" and not model.get("merges") and not model.get("byte_fallback")
+        if (
+            not silent
+            or model.get("unk_token") is not None
+            or "ByteLevel" in json.dumps(self.definition["pre_tokenizer"])
+        ):
+            return None
+        return frozenset(token for token in model["vocab"] if len(token) == 1)
+
+    def _check_characters(self, texts: Sequence[str]) -> None:
+        assert self._alphabet is not None, "only vocabularies of characters have an alphabet"
+        for text in texts:
+            unknown = sorted(set(text) - self._alphabet)
+            if unknown:
+                raise UserError(
+                    f"character {unknown[0]!r} (U+{ord(unknown[0]):04X}) is not among the {len(self._alphabet)} "
+                    "characters of this vocabulary; leave it out, or prepare the data with text that holds it "
+                    "or with --tokenizer bytes"
+                )
+
+
+class TextStream:
+    """Decodes ids one by one; a character that spans several tokens comes out with its last."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream([], skip_special_tokens=False)
+
+    def push(self, token_id: int) -> str:
+        """Text that `token_id` completes, possibly none yet."""
+        return self._stream.step(self._tokenizer, int(token_id)) or ""
+
+
+def load_tokenizer(name: str, *, texts: Iterable[str] = (), eos: str | None = None) -> TextTokenizer:
+    """Make the tokenizer that `--tokenizer NAME` asks for.
+
+    `texts` is read only by `chars` (all of it) and `train:N` (give it a bounded sample in a fixed order).
+    Raises `UserError` for a name that is neither known, nor a file, nor reachable.
+    """
+    if name == "bytes":
+        return TextTokenizer.from_definition(_byte_definition(), origin=name, eos=eos)
+    if name == "chars":
+        return TextTokenizer.from_definition(_character_definition(texts), origin=name, eos=eos)
+    if name.startswith("train:"):
+        return TextTokenizer.from_definition(_trained_definition(name, texts), origin=name, eos=eos)
+    path = Path(name).expanduser()
+    if path.exists() or path.suffix == ".json":
+        if not path.exists():
+            names = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
+            raise UserError(f"no tokenizer file {path}{nearest(path.name, names)}")
+        return TextTokenizer.from_file(path, eos=eos)
+    return TextTokenizer.from_definition(_hub_definition(name), origin=name, eos=eos)
+
+
+def needs_corpus(name: str) -> bool:
+    """Whether `load_tokenizer(name)` reads texts."""
+    return name == "chars" or name.startswith("train:")
+
+
+def _find_eos(tokenizer: Tokenizer, eos: str | int | None, *, origin: str) -> int:
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    if isinstance(eos, int):
+        if eos not in vocabulary.values():
+            raise UserError(f"{origin} has no token with the id {eos}, which was to end documents")
+        return eos
+    if eos is not None and eos in vocabulary:
+        return int(vocabulary[eos])
+    specials = sorted(str(token.content) for token in tokenizer.get_added_tokens_decoder().values())
+    candidates = f"its special tokens: {', '.join(specials[:20]) or 'none'}"
+    if eos is not None:
+        raise UserError(f"{origin} has no token {eos!r} to end documents with{nearest(eos, specials)} ({candidates})")
+    for candidate in COMMON_EOS:
+        if candidate in vocabulary:
+            return int(vocabulary[candidate])
+    raise UserError(f"{origin} has no token known to end documents; choose one with --eos TOKEN ({candidates})")
+
+
+def _hub_definition(name: str) -> dict[str, Any]:
+    """The `tokenizer.json` of a model on the Hugging Face hub, or of its local cache."""
+    try:
+        definition: dict[str, Any] = json.loads(Tokenizer.from_pretrained(name).to_str())
+    except Exception as error:  # unknown name, no network, gated, not a fast tokenizer: many classes, one remedy
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(
+            f"cannot load the tokenizer {name!r} from the Hugging Face hub: {reason}\n"
+            "  check the spelling and the network (private and gated names need `hf auth login`), or use what needs "
+            "no network: --tokenizer PATH/tokenizer.json, train:N (a BPE of N tokens, trained on this corpus), "
+            "chars or bytes"
+        ) from None
+    return definition
+
+
+def _with_eos(tokenizer: Tokenizer) -> dict[str, Any]:
+    tokenizer.add_special_tokens([EOS])
+    definition: dict[str, Any] = json.loads(tokenizer.to_str())
+    return definition
+
+
+def _lines() -> Any:
+    """Cut before and after each newline: words stay short, so that no book becomes one word of a million symbols."""
+    return pre_tokenizers.Split("\n", behavior="isolated")
+
+
+def _byte_definition() -> dict[str, Any]:
+    """Id = byte value, EOS = 256. A BPE without merges over the printable stand-ins of GPT-2 for bytes."""
+    vocabulary = {symbol: value for value, symbol in enumerate(_byte_symbols())}
+    tokenizer = Tokenizer(models.BPE(vocab={**vocabulary, EOS: 256}, merges=[]))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([_lines(), byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    return _with_eos(tokenizer)
+
+
+def _byte_symbols() -> Iterator[str]:
+    """GPT-2's printable character of each byte 0..255 (openai/gpt-2 `encoder.py`, bytes_to_unicode)."""
+    spare = 256
+    for value in range(256):
+        if 33 <= value <= 126 or 161 <= value <= 172 or 174 <= value <= 255:
+            yield chr(value)
+        else:
+            yield chr(spare)
+            spare += 1
+
+
+def _character_definition(texts: Iterable[str]) -> dict[str, Any]:
+    """One id per character of the corpus in order of code points, EOS last. A BPE without merges."""
+    characters: set[str] = set()
+    for text in texts:
+        characters.update(text)
+    vocabulary = {character: number for number, character in enumerate(sorted(characters))}
+    tokenizer = Tokenizer(models.BPE(vocab={**vocabulary, EOS: len(vocabulary)}, merges=[]))
+    tokenizer.pre_tokenizer = _lines()
+    tokenizer.decoder = decoders.Fuse()
+    return _with_eos(tokenizer)
+
+
+def _trained_definition(name: str, texts: Iterable[str]) -> dict[str, Any]:
+    """Byte-level BPE with GPT-2's word pattern: every byte is in its alphabet, so no text is unknown."""
+    size = name.removeprefix("train:")
+    smallest = 256 + 1
+    if not size.isdecimal() or int(size) < smallest:
+        raise UserError(f"--tokenizer train:N wants a number of tokens of at least {smallest}, got {name!r}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=int(size),
+        special_tokens=[EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer=trainer)
+    definition: dict[str, Any] = json.loads(tokenizer.to_str())
+    return definition
