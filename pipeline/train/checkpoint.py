@@ -16,7 +16,9 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +180,7 @@ def load_model(checkpoint: Path, *, device: torch.device) -> tuple[Decoder, Conf
     """The trained model of a checkpoint folder, in float32 and evaluation mode, on one process."""
     config = read_config(checkpoint)
     model = build_model(config.model, n_tokens=read_state(checkpoint).n_tokens).to(device)
-    _read_tensors(checkpoint / "model", dict(model.state_dict()), alone=True)
+    _read_tensors(checkpoint / "model", dict(model.state_dict()))
     return model.eval(), config
 
 
@@ -263,20 +265,26 @@ def read_config(checkpoint: Path) -> Config:
     return config_from_values(read_yaml(path), origin=str(path))
 
 
-def _alone() -> bool:
-    return not torch.distributed.is_initialized()
-
-
 def _write_tensors(folder: Path, tensors: dict[str, Any]) -> None:
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    save(tensors, storage_writer=writer, no_dist=_alone())
+    with _alone_or_not() as alone:
+        save(tensors, storage_writer=writer, no_dist=alone)
 
 
-def _read_tensors(folder: Path, tensors: dict[str, Any], *, alone: bool = False) -> None:
+def _read_tensors(folder: Path, tensors: dict[str, Any]) -> None:
     try:
-        load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone or _alone())
+        with _alone_or_not() as alone:
+            load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
     except CheckpointException as error:
         raise UserError(f"{folder} does not fit this model: {str(error).strip().splitlines()[-1]}") from error
+
+
+@contextmanager
+def _alone_or_not() -> Iterator[bool]:
+    """Whether there is no process group; PyTorch would warn of that, each time, as if it were a mistake."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield not torch.distributed.is_initialized()
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -12,7 +12,6 @@ import platform
 import socket
 import subprocess
 import sys
-import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -215,8 +214,3 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return found.stdout.strip()
-
-
-def quiet_libraries() -> None:
-    """Silence warnings of libraries that concern their authors and not the user."""
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
