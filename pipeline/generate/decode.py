@@ -11,8 +11,9 @@ every window whole. Both see the same tokens at the same positions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import Literal
 
 import torch
@@ -25,11 +26,12 @@ from pipeline.model.transformer import Decoder
 from pipeline.seeds import named_seed
 
 Finish = Literal["eos", "stop", "length"]
+Until = Callable[[int, int, int], bool]
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to continue prompts. Values out of range are a `UserError` that lists all of them."""
+    """How to continue prompts."""
 
     max_new_tokens: int = 256
     """Tokens after which a row ends with "length"."""
@@ -43,19 +45,17 @@ class Options:
     """Draw from the tokens at least this times as likely as the most likely one."""
     repetition_penalty: float = 1.0
     """Above 1 makes tokens of the prompt and of the text so far less likely."""
-    n_samples: int = 1
+    num_samples: int = 1
     """Continuations of each prompt."""
     seed: int = 1337
-    """Sample s of prompt p draws from the stream (seed, "sample", p, s), whatever else is in the batch."""
-    eos_ids: frozenset[int] = frozenset()
-    """Tokens that end a row with "eos"."""
-    use_cache: bool = True
+    """Sample s of prompt p always draws from the same stream, whatever else is in the batch."""
+    cache: bool = True
     """Keep keys and values. False recomputes the window for every token: the reference, and slow."""
     batch_rows: int = 32
     """Rows decoded at once: bounds the memory of the cache and changes no text."""
 
     def __post_init__(self) -> None:
-        """Refuse values out of range."""
+        """Refuse values out of range with a `UserError` that lists all of them."""
         wanted = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
             "temperature": (0 <= self.temperature < math.inf, "0 (greedy) or above"),
@@ -63,7 +63,7 @@ class Options:
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
             "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0 (1 leaves the logits alone)"),
-            "n_samples": (self.n_samples >= 1, "at least 1"),
+            "num_samples": (self.num_samples >= 1, "at least 1"),
             "batch_rows": (self.batch_rows >= 1, "at least 1"),
         }
         faults = [f"{name} must be {text}, got {getattr(self, name)}" for name, (ok, text) in wanted.items() if not ok]
@@ -109,21 +109,24 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     options: Options,
-    until: Callable[[int, int, int], bool] | None = None,
+    eos_ids: Collection[int] = (),
+    until: Until | None = None,
 ) -> Iterator[Token]:
-    """Continue each of `prompts` (token ids, lengths may differ) `n_samples` times, yielding tokens as they come.
+    """Continue each of `prompts` (token ids, lengths may differ) `num_samples` times, yielding tokens as they come.
 
-    `until(prompt, sample, id)` is asked after each token; true ends that row with "stop". Rows that ended leave the
+    A row ends with "eos" at a token of `eos_ids`, with "stop" when `until(prompt, sample, id)`, asked after each token,
+    is true, and with "length" at `max_new_tokens`. Rows that ended leave the
     batch. Rows are independent of each other up to the rounding of matrix products of other sizes. The model must be
     in evaluation mode; cast it with `to_bf16` for bf16. An empty prompt or an id out of range is a `UserError`.
     """
     assert not model.training, "call model.eval() before generating: dropout would change the text"
     _check_prompts(prompts, n_tokens=model.n_tokens)
-    pairs = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(options.n_samples)]
-    for first in range(0, len(pairs), options.batch_rows):
-        chosen = pairs[first : first + options.batch_rows]
-        rows = [_new_row(prompts[prompt], prompt, sample, model=model, options=options) for prompt, sample in chosen]
-        yield from _generate_batch(model, rows, options=options, until=until)
+    pairs = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(options.num_samples)]
+    rows = (_new_row(prompts[prompt], prompt, sample, model=model, options=options) for prompt, sample in pairs)
+    batches = (list(islice(rows, options.batch_rows)) for _ in range(0, len(pairs), options.batch_rows))
+    return chain.from_iterable(
+        _generate_batch(model, batch, options=options, eos_ids=frozenset(eos_ids), until=until) for batch in batches
+    )
 
 
 def to_bf16(model: Decoder) -> Decoder:
@@ -154,20 +157,20 @@ def _new_row(tokens: Sequence[int], prompt: int, sample: int, *, model: Decoder,
 
 
 def _generate_batch(
-    model: Decoder, rows: list[_Row], *, options: Options, until: Callable[[int, int, int], bool] | None
+    model: Decoder, rows: list[_Row], *, options: Options, eos_ids: frozenset[int], until: Until | None
 ) -> Iterator[Token]:
-    reader = _Reader(model, rows, use_cache=options.use_cache)
+    reader = _Reader(model, rows, use_cache=options.cache)
     while rows:
         chosen = _choose(reader.logits(rows), rows, options=options)
-        events = [_append(row, token, options=options, until=until) for row, token in zip(rows, chosen, strict=True)]
+        events = [_append(row, token, eos_ids=eos_ids, until=until) for row, token in zip(rows, chosen, strict=True)]
         yield from events
         for index in reversed(range(len(rows))):
             if events[index].finish is not None:
                 reader.drop(index, rows)
 
 
-def _append(row: _Row, token: int, *, options: Options, until: Callable[[int, int, int], bool] | None) -> Token:
-    if token in options.eos_ids:
+def _append(row: _Row, token: int, *, eos_ids: frozenset[int], until: Until | None) -> Token:
+    if token in eos_ids:
         return Token(row.prompt, row.sample, id=None, finish="eos")
     row.tokens.append(token)
     if row.seen is not None:

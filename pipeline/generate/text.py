@@ -5,12 +5,12 @@ In: a model, its tokenizer and prompts as text. Out: `Piece` events, whose texts
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError
-from pipeline.generate.decode import Finish, Options, generate
+from pipeline.generate.decode import Finish, Options, Token, generate
 from pipeline.model.transformer import Decoder
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no UTF-8 decode to
@@ -25,6 +25,17 @@ class Piece:
     text: str
     token: int | None
     finish: Finish | None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A finished row: its text, every token generated for it (those of a stop string too), and how it ended."""
+
+    prompt: int
+    sample: int
+    text: str
+    tokens: tuple[int, ...]
+    finish: Finish
 
 
 class RowText:
@@ -68,7 +79,13 @@ class RowText:
 
 
 def write(
-    model: Decoder, tokenizer: TextTokenizer, prompts: Sequence[str], *, options: Options, stops: Sequence[str] = ()
+    model: Decoder,
+    tokenizer: TextTokenizer,
+    prompts: Sequence[str],
+    *,
+    options: Options,
+    eos_ids: Collection[int] = (),
+    stops: Sequence[str] = (),
 ) -> Iterator[Piece]:
     """Continue texts, yielding pieces as they come, one per token; see `generate`.
 
@@ -90,14 +107,33 @@ def write(
         fresh[key] = texts[key].push(token)
         return texts[key].stopped
 
-    for event in generate(model, [ids or [tokenizer.eos_id] for ids in encoded], options=options, until=until):
+    def piece(event: Token) -> Piece:
         key = event.prompt, event.sample
-        piece = Piece(*key, text=fresh.pop(key, ""), token=event.id, finish=event.finish)
-        if event.finish is not None and key in texts:
+        text, finish = fresh.pop(key, ""), event.finish
+        if finish is not None and key in texts:
             row = texts.pop(key)
-            piece = replace(piece, text=piece.text + row.flush())
-            piece = replace(piece, finish="stop" if row.stopped else event.finish)
-        yield piece
+            text += row.flush()
+            finish = "stop" if row.stopped else finish
+        return Piece(*key, text=text, token=event.id, finish=finish)
+
+    starts = [ids or [tokenizer.eos_id] for ids in encoded]
+    return map(piece, generate(model, starts, options=options, eos_ids=eos_ids, until=until))
+
+
+def finished(pieces: Iterable[Piece]) -> Iterator[Sample]:
+    """Whole samples, each as soon as it and all before it are done, in the order of prompts and their samples."""
+    running: dict[tuple[int, int], list[Piece]] = {}
+    done: dict[tuple[int, int], Sample] = {}
+    for piece in pieces:
+        key = piece.prompt, piece.sample
+        running.setdefault(key, []).append(piece)
+        if piece.finish is None:
+            continue
+        parts = running.pop(key)
+        tokens = tuple(part.token for part in parts if part.token is not None)
+        done[key] = Sample(*key, text="".join(part.text for part in parts), tokens=tokens, finish=piece.finish)
+        while done and (first := min(done)) < min(running, default=(first[0] + 1, 0)):
+            yield done.pop(first)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -1,8 +1,6 @@
 """To and from Hugging Face checkpoints: safetensors, config.json and tokenizer files, without `transformers`.
 
-In: a `Decoder`, or a folder that `AutoModelForCausalLM` reads. Out: the other one. GPT-2, Llama and Qwen3 (Llama
-with normalised queries and keys) are expressed; anything else is refused with the list of what does not fit.
-Sections: names of tensors, settings, writing, reading.
+In: a `Decoder`, or a folder that `AutoModelForCausalLM` reads. Out: the other one. See hf_families.py for what fits.
 """
 
 from __future__ import annotations
@@ -11,8 +9,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,55 +20,115 @@ from torch import Tensor
 
 from pipeline.config import ModelConfig
 from pipeline.errors import UserError
+from pipeline.model.hf_families import FAMILIES, Family, Settings, entries
 from pipeline.model.transformer import Decoder, build_model
 
-Settings = dict[str, Any]
-
-_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu2": "relu2"}
-_SYNONYMS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}  # other spellings that GPT-2 folders use
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 # Buffers of old versions of transformers, not weights.
 _BUFFERS = re.compile(r"(\.attn\.(masked_)?bias|rotary_emb\.inv_freq)$")
 
 
-@dataclass(frozen=True)
-class _Family:
-    """How an architecture names things. Modules are written without the `base` prefix, which some files lack."""
+def save_hf(model: Decoder, folder: Path, *, tokenizer_file: Path, eos_id: int) -> None:
+    """Write `folder` so that `AutoModelForCausalLM` and `AutoTokenizer` read it: float32 weights, no padding rows.
 
-    architecture: str
-    base: str
-    layers: str
-    top: Mapping[str, str]
-    """Name of a module there -> its name here."""
-    block: Mapping[str, tuple[str, ...]]
-    """The same inside a layer; several names here are one module there, their outputs side by side."""
-    transposed: bool
-    """Matrices of layers are stored (in, out), as OpenAI's Conv1D did."""
-    settings: Callable[[ModelConfig], tuple[Settings, list[str]]]
-    """config.json for our settings, and what it cannot express."""
-    parse: Callable[[Settings], tuple[Settings, list[str]]]
-    """Our settings for a config.json, and what we cannot express."""
+    The folder appears complete or not at all. Raises `UserError` for a folder in use, a tokenizer.json that cannot be
+    read or lacks `eos_id`, and a model that no architecture of Hugging Face's expresses, with all that does not fit.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not an empty folder: name a new one")
+    family, settings = _family_of(model.config)
+    tokenizer, eos_token = _read_tokenizer(tokenizer_file, eos_id=eos_id)
+    ends = {"bos_token_id": eos_id, "eos_token_id": eos_id}  # a document of the training data begins after an EOS
+    files: dict[str, Settings] = {
+        "config.json": {
+            "architectures": [family.architecture],
+            **settings,
+            "vocab_size": model.n_tokens,
+            "tie_word_embeddings": model.config.tie_embeddings,
+            "initializer_range": model.config.init_std,
+            "dtype": "float32",
+            **ends,
+        },
+        "generation_config.json": ends,
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": eos_token,
+            "eos_token": eos_token,
+            "model_max_length": model.config.context_length,
+            "clean_up_tokenization_spaces": False,
+        },
+    }
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        save_file(_their_tensors(model, family), partial / WEIGHTS, metadata={"format": "pt"})
+        (partial / "tokenizer.json").write_bytes(tokenizer)
+        for name, content in files.items():
+            (partial / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.replace(folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {folder}: {error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """One tensor there and the equal parts of it here."""
+def load_hf(folder: Path) -> Decoder:
+    """Read a folder that `transformers` saved, sharded or not: float32 weights on the CPU, in evaluation mode.
 
-    theirs: str
-    ours: tuple[str, ...]
-    transposed: bool
+    `n_tokens` is its vocab_size. Dropout, a setting of training, is 0. Raises `UserError` for missing or damaged
+    files and for everything about the model that ours would compute differently.
+    """
+    values = _read_json(folder / "config.json")
+    named = (values.get("architectures") or ["none"])[0]
+    family = next((family for family in FAMILIES if family.architecture == named), None)
+    if family is None:
+        supported = ", ".join(family.architecture for family in FAMILIES)
+        raise UserError(f"{folder} holds the architecture {named}; supported: {supported}")
+    config, n_tokens = _our_config(values, family, origin=folder / "config.json")
+    model = build_model(config, n_tokens=n_tokens).eval()
+    _fill(model, family, _TensorFiles(folder), tied=config.tie_embeddings)
+    return model
 
 
-def _entries(family: _Family, ours: Mapping[str, Tensor], *, n_layers: int) -> Iterator[_Entry]:
-    modules = [(f"{family.base}.{theirs}", (mine,), False) for theirs, mine in family.top.items()]
-    for i in range(n_layers):
-        prefix = f"{family.base}.{family.layers}.{i}."
-        for theirs, mine in family.block.items():
-            modules.append((prefix + theirs, tuple(f"stack.blocks.{i}.{m}" for m in mine), family.transposed))
-    modules.append(("lm_head", ("head",), False))
-    for theirs, names, transposed in modules:
-        for kind in ("weight", "bias"):
-            if f"{names[0]}.{kind}" in ours:
-                yield _Entry(f"{theirs}.{kind}", tuple(f"{name}.{kind}" for name in names), transposed)
+def is_hf_folder(folder: Path) -> bool:
+    """Whether `folder` describes itself as a Hugging Face checkpoint."""
+    return (folder / "config.json").is_file()
+
+
+def hf_eos_ids(folder: Path) -> frozenset[int]:
+    """The tokens that end a text by the folder's generation_config.json or config.json; empty when it names none."""
+    for name in ("generation_config.json", "config.json"):
+        ids = _read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
+        if ids is not None:
+            return frozenset(ids if isinstance(ids, list) else [ids])
+    return frozenset()
+
+
+def _family_of(config: ModelConfig) -> tuple[Family, Settings]:
+    refusals = []
+    for family in FAMILIES:
+        settings, misfits = family.settings(config)
+        if not misfits:
+            return family, settings
+        refusals.append(f"  {family.architecture}: {'; '.join(misfits)}")
+    raise UserError("no architecture of Hugging Face's that we write fits this model:\n" + "\n".join(refusals))
+
+
+def _our_config(values: Settings, family: Family, *, origin: Path) -> tuple[ModelConfig, int]:
+    try:
+        settings, misfits = family.parse(values)
+        n_tokens = int(values["vocab_size"])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{origin} lacks or garbles a setting of {family.architecture}: {error}") from None
+    if values.get("quantization_config") is not None:
+        misfits.append("quantization_config (supported: float weights)")
+    if misfits:
+        raise UserError(f"{origin} asks for what this model does not have: {'; '.join(misfits)}")
+    try:
+        return ModelConfig.model_validate(settings), n_tokens
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        raise UserError(f"{origin}: {faults}") from None
 
 
 @torch.no_grad()
@@ -90,135 +146,104 @@ def _parts(model: Decoder) -> dict[str, Tensor]:
     return parts
 
 
-def _gpt2_settings(config: ModelConfig) -> tuple[Settings, list[str]]:
-    misfits = _misfits(
-        config,
-        norm=("layernorm",),
-        position=("learned",),
-        mlp=tuple(_ACTIVATIONS),
-        bias=(True,),
-        kv_heads=(config.n_heads,),
-        qk_norm=(False,),
-    )
-    return {
-        "model_type": "gpt2",
-        "n_layer": config.n_layers,
-        "n_head": config.n_heads,
-        "n_embd": config.d_model,
-        "n_inner": config.hidden,
-        "n_positions": config.context_length,
-        "activation_function": _ACTIVATIONS.get(config.mlp),
-        "layer_norm_epsilon": config.norm_eps,
-        "resid_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
-    }, misfits
+def _their_tensors(model: Decoder, family: Family) -> dict[str, Tensor]:
+    ours = _parts(model)
+    if family.biased:  # a model without biases is one whose biases are zero
+        for name, tensor in list(ours.items()):
+            if name.startswith("stack."):
+                ours.setdefault(name.removesuffix("weight") + "bias", tensor.new_zeros(tensor.shape[0]))
+    theirs: dict[str, Tensor] = {}
+    for entry in entries(family, ours, n_layers=model.config.n_layers):
+        tensor = torch.cat([ours.pop(name) for name in entry.ours])
+        theirs[entry.theirs] = (tensor.t() if entry.transposed else tensor).float().cpu().contiguous()
+    assert not ours, f"{family.architecture} has no place for {sorted(ours)}"
+    return theirs
 
 
-def _llama_settings(config: ModelConfig) -> tuple[Settings, list[str]]:
-    misfits = _misfits(
-        config, norm=("rmsnorm",), position=("rotary",), mlp=("swiglu",), bias=(False,), qk_norm=(False,)
-    )
-    return {"model_type": "llama", "mlp_bias": False, **_llama_like_settings(config)}, misfits
-
-
-def _qwen3_settings(config: ModelConfig) -> tuple[Settings, list[str]]:
-    misfits = _misfits(config, norm=("rmsnorm",), position=("rotary",), mlp=("swiglu",), bias=(False,), qk_norm=(True,))
-    return {"model_type": "qwen3", "use_sliding_window": False, **_llama_like_settings(config)}, misfits
-
-
-def _llama_like_settings(config: ModelConfig) -> Settings:
-    return {
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_size": config.d_model,
-        "intermediate_size": config.hidden,
-        "max_position_embeddings": config.context_length,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,  # read by transformers 4
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},  # and by 5
-        "attention_bias": False,
-        "attention_dropout": config.dropout,
-    }
-
-
-def _misfits(config: ModelConfig, **accepted: tuple[Any, ...]) -> list[str]:
-    """What no family expresses, and the settings that are not among the `accepted` ones."""
-    wanted = {"norm_position": ("pre",), "logit_soft_cap": (None,), **accepted}
-    found = [
-        f"{key} {getattr(config, key)} (it has {' or '.join(map(str, values))})"
-        for key, values in wanted.items()
-        if getattr(config, key) not in values
+@torch.no_grad()
+def _fill(model: Decoder, family: Family, files: _TensorFiles, *, tied: bool) -> None:
+    """Copy every tensor to its place; none may be missing, left over or of another shape."""
+    for parameter in model.parameters():
+        parameter.zero_()  # the rows that pad the vocabulary stay so
+    ours = _parts(model)
+    left, faults = set(files.names), []
+    for entry in entries(family, ours, n_layers=model.config.n_layers):
+        name = entry.theirs if entry.theirs in files.names else entry.theirs.removeprefix(f"{family.base}.")
+        places = [ours[part] for part in entry.ours]
+        shape = (sum(place.shape[0] for place in places), *places[0].shape[1:])
+        if name not in files.names:
+            faults.append(f"{entry.theirs} is missing")
+            continue
+        left.discard(name)
+        tensor = files.read(name)
+        tensor = tensor.t() if entry.transposed else tensor
+        if tensor.shape != shape or not tensor.is_floating_point():
+            faults.append(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, wanted floats {shape} by config.json")
+            continue
+        for place, part in zip(places, tensor.chunk(len(places)), strict=True):  # equal parts, by their shapes
+            place.copy_(part)
+    faults += [
+        f"{name} has no place in the model"
+        for name in sorted(left)
+        if not _BUFFERS.search(name) and not (tied and name == "lm_head.weight")
     ]
-    if any(window is not None and window < config.context_length for window in config.windows):
-        found.append(f"windows {list(config.windows)} (it looks back on everything)")
-    return found
+    if faults:
+        more = f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""
+        raise UserError(f"the tensors in {files.folder} do not fit:\n  " + "\n  ".join(faults[:10]) + more)
 
 
-def _parse_gpt2(values: Settings) -> tuple[Settings, list[str]]:
-    activation = values.get("activation_function", "gelu_new")
-    mlp = {theirs: mine for mine, theirs in _ACTIVATIONS.items()} | _SYNONYMS
-    fixed = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
-    misfits = _differing(values, fixed)
-    if activation not in mlp:
-        misfits.append(f"activation_function {activation!r} (supported: {', '.join(sorted(mlp))})")
-    return {
-        "n_layers": values["n_layer"],
-        "n_heads": values["n_head"],
-        "d_model": values["n_embd"],
-        "d_ff": values.get("n_inner") or 4 * values["n_embd"],
-        "context_length": values["n_positions"],
-        "norm": "layernorm",
-        "norm_eps": values.get("layer_norm_epsilon", 1e-5),
-        "position": "learned",
-        "mlp": mlp.get(activation, "gelu_tanh"),
-        "bias": True,
-        "tie_embeddings": values.get("tie_word_embeddings", True),
-    }, misfits
+class _TensorFiles:
+    """The tensors of a folder, in one file or in shards, read one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if (folder / WEIGHTS_INDEX).is_file():
+            weight_map = _read_json(folder / WEIGHTS_INDEX).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise UserError(f"{folder / WEIGHTS_INDEX} has no 'weight_map'")
+            self._file_of: dict[str, str] = weight_map
+        elif (folder / WEIGHTS).is_file():
+            with self._open(WEIGHTS) as file:
+                self._file_of = dict.fromkeys(file.keys(), WEIGHTS)
+        else:
+            raise UserError(f"{folder} has neither {WEIGHTS} nor {WEIGHTS_INDEX}; pickled weights (.bin) are not read")
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._file_of)
+
+    def read(self, name: str) -> Tensor:
+        with self._open(self._file_of[name]) as file:
+            try:
+                tensor: Tensor = file.get_tensor(name)
+            except SafetensorError as error:
+                raise UserError(f"cannot read {name} of {self.folder / self._file_of[name]}: {error}") from None
+        return tensor
+
+    def _open(self, name: str) -> Any:
+        try:
+            return safe_open(self.folder / name, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot read {self.folder / name}: {error}; get it again") from None
 
 
-def _parse_llama(values: Settings) -> tuple[Settings, list[str]]:
-    parsed, misfits = _parse_llama_like(values)
-    return parsed, misfits + _differing(values, {"mlp_bias": False})
+def _read_json(file: Path) -> Settings:
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {file}: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} must hold a JSON object, got a {type(content).__name__}")
+    return content
 
 
-def _parse_qwen3(values: Settings) -> tuple[Settings, list[str]]:
-    parsed, misfits = _parse_llama_like(values)
-    return parsed | {"qk_norm": True}, misfits + _differing(values, {"use_sliding_window": False})
-
-
-def _parse_llama_like(values: Settings) -> tuple[Settings, list[str]]:
-    heads, width = values["num_attention_heads"], values["hidden_size"]
-    misfits = _differing(values, {"hidden_act": "silu", "attention_bias": False, "head_dim": width // heads})
-    rope: Settings = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        misfits.append(f"scaled rotary positions {kind!r} (supported: default)")
-    misfits += _differing({**values, **rope}, {"partial_rotary_factor": 1.0})
-    return {
-        "n_layers": values["num_hidden_layers"],
-        "n_heads": heads,
-        "n_kv_heads": values.get("num_key_value_heads") or heads,
-        "d_model": width,
-        "d_ff": values["intermediate_size"],
-        "context_length": values["max_position_embeddings"],
-        "norm": "rmsnorm",
-        "norm_eps": values.get("rms_norm_eps", 1e-6),
-        "position": "rotary",
-        "rope_theta": rope.get("rope_theta", values.get("rope_theta", 10000.0)),
-        "mlp": "swiglu",
-        "bias": False,
-        "tie_embeddings": values.get("tie_word_embeddings", False),
-    }, misfits
-
-
-def _differing(values: Settings, wanted: Settings) -> list[str]:
-    """Keys present with another value than the one that is the default there and the only one here."""
-    return [
-        f"{key} {values[key]!r} (supported: {value!r})"
-        for key, value in wanted.items()
-        if values.get(key) is not None and values[key] != value
-    ]
+def _read_tokenizer(file: Path, *, eos_id: int) -> tuple[bytes, str]:
+    """The bytes of a tokenizer.json, and the text of its token `eos_id`."""
+    definition = _read_json(file)
+    added = {token["id"]: token["content"] for token in definition.get("added_tokens", [])}
+    vocabulary = definition.get("model", {}).get("vocab", {})
+    known = {number: token for token, number in vocabulary.items()} if isinstance(vocabulary, dict) else {}
+    eos_token = added.get(eos_id, known.get(eos_id))
+    if eos_token is None:
+        raise UserError(f"{file} has no token {eos_id}, which ends the documents this model was trained on")
+    return file.read_bytes(), str(eos_token)

@@ -1,0 +1,43 @@
+"""Write a trained model as a Hugging Face folder.
+
+    python -m pipeline.export RUN|CHECKPOINT FOLDER
+
+In: a run folder (its newest checkpoint) or a checkpoint. Out: a new folder that `AutoModelForCausalLM` and
+`AutoTokenizer` of transformers read, and `sample.py` too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+from pipeline.errors import run_command
+from pipeline.model.hf import save_hf
+from pipeline.train.checkpoint import load_model, read_state, resolve_checkpoint
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Write a trained model as a Hugging Face folder: safetensors, config.json and tokenizer files."""
+
+    source: tyro.conf.Positional[Path]
+    """Run folder (its newest checkpoint) or checkpoint."""
+    folder: tyro.conf.Positional[Path]
+    """Folder to make."""
+
+
+def main() -> None:
+    """Checkpoint in, folder out."""
+    arguments = tyro.cli(Arguments, prog="python -m pipeline.export")
+    checkpoint = resolve_checkpoint(arguments.source)
+    model, _ = load_model(checkpoint, device=torch.device("cpu"))
+    eos_id = read_state(checkpoint).tokenizer_eos_id
+    save_hf(model, arguments.folder, tokenizer_file=checkpoint / "tokenizer.json", eos_id=eos_id)
+    print(f"{checkpoint} -> {arguments.folder}")
+
+
+if __name__ == "__main__":
+    run_command(main)
