@@ -1,22 +1,20 @@
-"""Paths, globs and hub names to a plan of units, and a unit to its documents.
+"""Paths, globs and hub names to sources, and a unit of them to its documents.
 
-In: what the user named. Out: sorted sources, cut into units of about 64 MB of text. The plan is a pure function of
-inputs and rules: neither the order of the arguments nor the number of workers changes it.
+In: what the user named. Out: sources, sorted and without repeats whatever the order of the arguments; and, for each
+unit that `plan.py` makes of them, the documents and rejected records in order. The one door to `datasets`.
 """
 
 from __future__ import annotations
 
 import glob
-import mmap
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import lru_cache
 from pathlib import Path
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import Any
 
 from pipeline.data.formats import (
     BOM,
@@ -25,14 +23,17 @@ from pipeline.data.formats import (
     Kind,
     Piece,
     Rejected,
+    Row,
     Source,
     TextRules,
-    chunk_end,
+    checked,
     keys_of,
-    load_dataset,
     missing_key,
     read_piece,
+    require_column,
+    values_of,
 )
+from pipeline.data.plan import Unit
 from pipeline.errors import UserError, nearest
 
 _KINDS: dict[str, Kind] = {
@@ -48,9 +49,8 @@ _KINDS: dict[str, Kind] = {
 }
 _COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
 _MAGIC: dict[bytes, Compression] = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+_DATASETS: tuple[Kind, ...] = ("hub", "saved")
 _SAVED_DATASET = ({"dataset_info.json", "state.json"}, {"dataset_dict.json"})
-_COMPRESSION_RATIO = 4
-"""Expected text bytes of a compressed byte, for the size of units and the progress bar only."""
 
 
 @dataclass(frozen=True)
@@ -59,19 +59,6 @@ class Corpus:
 
     sources: tuple[Source, ...]
     notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Work for one task: pieces in order, about `TextRules.unit_bytes` of text."""
-
-    number: int
-    pieces: tuple[Piece, ...]
-
-    @property
-    def size(self) -> int:
-        """Expected bytes of text."""
-        return sum(piece.size for piece in self.pieces)
 
 
 def find_corpus(inputs: Sequence[str], *, exclude: Sequence[str] = ()) -> Corpus:
@@ -112,29 +99,18 @@ def check_text_key(sources: Iterable[Source], key: str) -> None:
         if source.kind in seen or not source.size:
             continue
         seen.add(source.kind)
-        keys = keys_of(source)
+        keys = load_dataset(source.name, source.kind).column_names if source.kind in _DATASETS else keys_of(source)
         if keys is not None and key not in keys:
             raise missing_key(source.name, key, keys)
-
-
-def plan_units(sources: Sequence[Source], rules: TextRules) -> tuple[Unit, ...]:
-    """Cut sources into pieces and group these, in order, into units of about `rules.unit_bytes`."""
-    groups: list[list[Piece]] = []
-    filled = 0
-    for index, source in enumerate(sources):
-        for piece in _cut(source, index, rules):
-            if not groups or filled + piece.size > rules.unit_bytes:
-                groups.append([])
-                filled = 0
-            groups[-1].append(piece)
-            filled += piece.size
-    return tuple(Unit(number, tuple(pieces)) for number, pieces in enumerate(groups))
 
 
 def read_unit(unit: Unit, rules: TextRules) -> Iterator[Document | Rejected]:
     """All records of a unit in order."""
     for piece in unit.pieces:
-        yield from read_piece(piece, rules)
+        if piece.source.kind in _DATASETS:
+            yield from (checked(value, piece.index, row) for row, value in _read_dataset(piece, rules))
+        else:
+            yield from read_piece(piece, rules)
 
 
 def read_texts(units: Iterable[Unit], rules: TextRules) -> Iterator[str]:
@@ -236,79 +212,41 @@ def _json_kind(path: Path) -> Kind:
 def _dataset_source(name: str, kind: Kind) -> Source:
     dataset = load_dataset(name, kind)
     size = int(dataset.data.nbytes) if len(dataset) else 0
-    return Source(name, kind, "", size, str(dataset._fingerprint))
+    return Source(name, kind, "", size, str(dataset._fingerprint), rows=len(dataset))
 
 
-def _cut(source: Source, index: int, rules: TextRules) -> Iterator[Piece]:
-    """The pieces of one source."""
-    if source.size == 0:
-        return
-    if source.kind in ("hub", "saved"):
-        yield from _cut_rows(source, index, rules)
-    elif source.kind == "parquet":
-        yield from _cut_row_groups(source, index, rules)
-    elif source.compression:
-        yield Piece(source, index, 0, source.size, 0, source.size * _COMPRESSION_RATIO)
-    elif source.size <= rules.unit_bytes or source.kind in ("json", "csv"):
-        yield Piece(source, index, 0, source.size, 0, source.size)
-    elif source.kind == "jsonl":
-        yield from _cut_bytes(source, index, rules, _records_until(b"\n", rules.unit_bytes))
-    elif rules.separator is not None:
-        yield from _cut_bytes(source, index, rules, _records_until(rules.separator.encode(), rules.unit_bytes))
-    else:
-        yield from _cut_bytes(source, index, rules, _chunks_until(rules.unit_bytes))
+def _read_dataset(piece: Piece, rules: TextRules) -> Iterator[Row]:
+    dataset = load_dataset(piece.source.name, piece.source.kind)
+    require_column(dataset.column_names, piece.source.name, rules.key)
+    rows = dataset.select_columns([rules.key]).with_format("arrow")
+    for start in range(piece.start, piece.stop, 1024):
+        table = rows[start : min(start + 1024, piece.stop)]
+        yield from enumerate(values_of(table.column(0)), start)
 
 
-def _cut_rows(source: Source, index: int, rules: TextRules) -> Iterator[Piece]:
-    rows = len(load_dataset(source.name, source.kind))
-    step = max(1, rules.unit_bytes * rows // source.size)
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        yield Piece(source, index, start, stop, start, source.size * (stop - start) // rows)
+@lru_cache(maxsize=4)
+def load_dataset(name: str, kind: Kind) -> Any:
+    """The train split of `hf:NAME[:CONFIG][@REVISION]` (kind `hub`) or of a `save_to_disk` folder (kind `saved`).
 
+    A local folder of data files serves as NAME as well. Raises `UserError` with the library's reason.
+    """
+    import datasets  # slow to import and seldom needed
 
-def _cut_row_groups(source: Source, index: int, rules: TextRules) -> Iterator[Piece]:
     try:
-        metadata = pq.ParquetFile(source.name).metadata
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"cannot read {source.name}: {error}; the file is damaged or incomplete") from None
-    columns = [metadata.schema.column(number).path.split(".")[0] for number in range(metadata.num_columns)]
-    text = columns.index(rules.key) if rules.key in columns else 0
-    row = 0
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        yield Piece(source, index, number, number + 1, row, int(group.column(text).total_uncompressed_size))
-        row += group.num_rows
-
-
-_Step = Callable[[mmap.mmap, int], tuple[int, int]]
-"""From a map and a position to the end of the piece that begins there and the records in it."""
-
-
-def _cut_bytes(source: Source, index: int, rules: TextRules, step: _Step) -> Iterator[Piece]:
-    """Byte ranges that end where records end. Rows before a piece are counted, which reads the file once."""
-    with Path(source.name).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        start, row = (len(BOM) if content[:3] == BOM else 0), 0
-        while start < len(content):
-            stop, records = step(content, start)
-            yield Piece(source, index, start, stop, row, stop - start)
-            start, row = stop, row + records
-
-
-def _records_until(delimiter: bytes, size: int) -> _Step:
-    def step(content: mmap.mmap, start: int) -> tuple[int, int]:
-        found = content.find(delimiter, start + size)
-        stop = len(content) if found < 0 else found + len(delimiter)
-        return stop, content[start:stop].count(delimiter)
-
-    return step
-
-
-def _chunks_until(size: int) -> _Step:
-    def step(content: mmap.mmap, start: int) -> tuple[int, int]:
-        stop, chunks = start, 0
-        while stop < len(content) and stop - start < size:
-            stop, chunks = chunk_end(content, stop, len(content)), chunks + 1
-        return stop, chunks
-
-    return step
+        if kind == "saved":
+            dataset = datasets.load_from_disk(name)
+            if isinstance(dataset, datasets.DatasetDict):
+                dataset = dataset["train"]
+        else:
+            rest, _, revision = name.removeprefix("hf:").partition("@")
+            path, _, config = rest.partition(":")
+            dataset = datasets.load_dataset(
+                str(Path(path).expanduser()), name=config or None, revision=revision or None, split="train"
+            )
+    except Exception as error:  # unknown name, config or split, no network, gated: many classes, one remedy
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(
+            f"cannot load {name} with `datasets`: {reason}\n"
+            "  wanted hf:NAME[:CONFIG][@REVISION] with a split 'train'; check spelling and network"
+        ) from None
+    return dataset

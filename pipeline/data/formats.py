@@ -12,7 +12,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -34,13 +33,17 @@ Compression = Literal["", "gzip", "zstd"]
 
 @dataclass(frozen=True)
 class Source:
-    """One file, or one Hugging Face dataset. `fingerprint` changes when the content may have changed."""
+    """One file, or one Hugging Face dataset.
+
+    `size` is in bytes, `rows` known for datasets only; `fingerprint` changes when the content may have changed.
+    """
 
     name: str
     kind: Kind
     compression: Compression
     size: int
     fingerprint: str
+    rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def read_piece(piece: Piece, rules: TextRules) -> Iterator[Document | Rejected]:
             if isinstance(value, _Fault):
                 yield Rejected(piece.index, row, value.reason, excerpt(value.found))
             else:
-                yield _checked(value, piece.index, row)
+                yield checked(value, piece.index, row)
     except (OSError, EOFError, pa.ArrowException, csv.Error) as error:
         raise UserError(f"cannot read {piece.source.name}: {error}; the file is damaged or incomplete") from None
 
@@ -109,8 +112,6 @@ def keys_of(source: Source) -> list[str] | None:
     try:
         if source.kind == "parquet":
             return list(pq.ParquetFile(source.name).schema_arrow.names)
-        if source.kind in ("hub", "saved"):
-            return list(load_dataset(source.name, source.kind).column_names)
         piece = Piece(source, 0, 0, source.size, 0, source.size)
         if source.kind == "csv":
             with _text_stream(piece) as stream:
@@ -127,11 +128,12 @@ class _Fault:
     found: object
 
 
-_Row = tuple[int, object]
+Row = tuple[int, object]
 """Row and what was found there: a text, a `_Fault`, or something that is no text."""
 
 
-def _checked(value: object, source: int, row: int) -> Document | Rejected:
+def checked(value: object, source: int, row: int) -> Document | Rejected:
+    """Judge what was found where a text should be."""
     if value is None:
         return Rejected(source, row, "text is null", "null")
     if isinstance(value, bytes):
@@ -177,7 +179,7 @@ def open_bytes(piece: Piece) -> BinaryIO:
     return stream  # type: ignore[no-any-return]
 
 
-def _read_text(piece: Piece, rules: TextRules) -> Iterator[_Row]:
+def _read_text(piece: Piece, rules: TextRules) -> Iterator[Row]:
     with open_bytes(piece) as stream:
         for row, content in enumerate(_texts(stream, piece, rules), piece.first_row):
             if content:
@@ -231,12 +233,12 @@ def chunk_end(content: Any, start: int, size: int) -> int:
     return end
 
 
-def _read_jsonl(piece: Piece, rules: TextRules) -> Iterator[_Row]:
+def _read_jsonl(piece: Piece, rules: TextRules) -> Iterator[Row]:
     for row, record in _json_lines(piece):
         yield row, _field(record, rules.key)
 
 
-def _read_json(piece: Piece, rules: TextRules) -> Iterator[_Row]:
+def _read_json(piece: Piece, rules: TextRules) -> Iterator[Row]:
     for row, record in _json_values(piece):
         yield row, _field(record, rules.key)
 
@@ -251,7 +253,7 @@ def _field(record: object, key: str) -> object:
     return record[key]
 
 
-def _json_lines(piece: Piece) -> Iterator[_Row]:
+def _json_lines(piece: Piece) -> Iterator[Row]:
     """Rows are lines, counted with blank ones, which hold no record."""
     with open_bytes(piece) as stream:
         for row, line in enumerate(stream, piece.first_row):
@@ -270,7 +272,7 @@ def _parse_line(line: bytes) -> object:
         return _Fault("malformed JSON", line.rstrip(b"\r\n"))
 
 
-def _json_values(piece: Piece) -> Iterator[_Row]:
+def _json_values(piece: Piece) -> Iterator[Row]:
     """The elements of an array, or a single object, of a file that is one JSON value."""
     with open_bytes(piece) as stream:
         content = stream.read()
@@ -288,33 +290,24 @@ def _text_stream(piece: Piece) -> io.TextIOWrapper:
     return io.TextIOWrapper(open_bytes(piece), encoding="utf-8", errors="surrogateescape", newline="")
 
 
-def _read_csv(piece: Piece, rules: TextRules) -> Iterator[_Row]:
+def _read_csv(piece: Piece, rules: TextRules) -> Iterator[Row]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses fields over 128 KiB; a C long bounds it
     with _text_stream(piece) as stream:
         for row, record in enumerate(csv.DictReader(stream)):
             yield row, _field(record, rules.key)
 
 
-def _read_parquet(piece: Piece, rules: TextRules) -> Iterator[_Row]:
+def _read_parquet(piece: Piece, rules: TextRules) -> Iterator[Row]:
     file = pq.ParquetFile(piece.source.name)
-    _require_column(file.schema_arrow.names, piece.source.name, rules.key)
+    require_column(file.schema_arrow.names, piece.source.name, rules.key)
     row = piece.first_row
     for batch in file.iter_batches(1024, row_groups=list(range(piece.start, piece.stop)), columns=[rules.key]):
-        for value in _values(batch.column(0)):
+        for value in values_of(batch.column(0)):
             yield row, value
             row += 1
 
 
-def _read_dataset(piece: Piece, rules: TextRules) -> Iterator[_Row]:
-    dataset = load_dataset(piece.source.name, piece.source.kind)
-    _require_column(dataset.column_names, piece.source.name, rules.key)
-    rows = dataset.select_columns([rules.key]).with_format("arrow")
-    for start in range(piece.start, piece.stop, 1024):
-        table = rows[start : min(start + 1024, piece.stop)]
-        yield from enumerate(_values(table.column(0)), start)
-
-
-def _values(column: Any) -> list[Any]:
+def values_of(column: Any) -> list[Any]:
     """Python values of an Arrow column; strings as bytes, so that a bad one costs itself and not its batch."""
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
@@ -323,7 +316,8 @@ def _values(column: Any) -> list[Any]:
     return values
 
 
-def _require_column(columns: list[str], name: str, key: str) -> None:
+def require_column(columns: list[str], name: str, key: str) -> None:
+    """Refuse a table without the text column."""
     if key not in columns:
         raise missing_key(name, key, columns)
 
@@ -333,40 +327,10 @@ def missing_key(name: str, key: str, found: list[str]) -> UserError:
     return UserError(f"{name} has no key {key!r}; found {', '.join(map(repr, found))}; choose one with --text-key KEY")
 
 
-@lru_cache(maxsize=4)
-def load_dataset(name: str, kind: Kind) -> Any:
-    """The train split of `hf:NAME[:CONFIG][@REVISION]` (kind `hub`) or of a `save_to_disk` folder (kind `saved`).
-
-    A local folder of data files serves as NAME as well. Raises `UserError` with the library's reason.
-    """
-    import datasets  # slow to import and seldom needed
-
-    try:
-        if kind == "saved":
-            dataset = datasets.load_from_disk(name)
-            if isinstance(dataset, datasets.DatasetDict):
-                dataset = dataset["train"]
-        else:
-            rest, _, revision = name.removeprefix("hf:").partition("@")
-            path, _, config = rest.partition(":")
-            dataset = datasets.load_dataset(
-                str(Path(path).expanduser()), name=config or None, revision=revision or None, split="train"
-            )
-    except Exception as error:  # unknown name, config or split, no network, gated: many classes, one remedy
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(
-            f"cannot load {name} with `datasets`: {reason}\n"
-            "  wanted hf:NAME[:CONFIG][@REVISION] with a split 'train'; check spelling and network"
-        ) from None
-    return dataset
-
-
-_READERS: dict[Kind, Callable[[Piece, TextRules], Iterator[_Row]]] = {
+_READERS: dict[Kind, Callable[[Piece, TextRules], Iterator[Row]]] = {
     "text": _read_text,
     "jsonl": _read_jsonl,
     "json": _read_json,
     "csv": _read_csv,
     "parquet": _read_parquet,
-    "hub": _read_dataset,
-    "saved": _read_dataset,
 }

@@ -7,28 +7,32 @@ what the ledger records is kept by the next run of the same command, everything 
 from __future__ import annotations
 
 import errno
+import glob
 import heapq
 import os
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import xxhash
 from rich.console import Console
 
-from pipeline.data.corpus import Corpus, Unit, check_text_key, find_corpus, plan_units, read_texts, read_unit
+from pipeline.data.corpus import Corpus, check_text_key, find_corpus, read_texts, read_unit
 from pipeline.data.finish import manifest_of, no_documents, refuse_bad, refuse_empty_split, write_quarantine
 from pipeline.data.formats import Rejected
 from pipeline.data.ledger import Ledger, LedgerHeader, locked
 from pipeline.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, digest_of, fsync_folder, write_manifest
+from pipeline.data.plan import Unit, plan_units
 from pipeline.data.progress import UnitProgress
 from pipeline.data.request import Request, complete_manifest, refuse_foreign, sizes_agree
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer, needs_corpus
@@ -47,7 +51,8 @@ def prepare(request: Request, *, console: Console) -> Manifest:
     Raises `UserError` for whatever the user can mend, `StoppedEarly` on Ctrl-C; committed units are kept.
     """
     request.check()
-    corpus = find_corpus(request.inputs, exclude=request.exclude)
+    own = f"{glob.escape(str(request.output.resolve()))}/*"  # an output below an input is no input of the next run
+    corpus = find_corpus(request.inputs, exclude=[*request.exclude, own])
     for note in corpus.notes:
         console.print(f"note: {note}", markup=False)
     identity = request.identity(corpus)
@@ -197,7 +202,7 @@ def _reports(
         for unit in units:
             yield prepare_unit(unit, settings, on_batch=on_batch)
         return
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_single_threaded)
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin_worker)
     try:
         for future in as_completed([pool.submit(prepare_unit, unit, settings) for unit in units]):
             yield future.result()
@@ -205,9 +210,19 @@ def _reports(
         pool.shutdown(cancel_futures=True)
 
 
-def _single_threaded() -> None:
-    """Keep a worker's native thread pool at one thread: the processes are the parallelism."""
+def _begin_worker() -> None:
+    """Set up a worker: one native thread, for the processes are the parallelism; it dies with its parent or Ctrl-C."""
     os.environ["RAYON_NUM_THREADS"] = "1"
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    """An orphan that went on writing would meet the next run in the same files."""
+    parent = parent_process()
+    assert parent is not None, "only workers have a parent"
+    parent.join()
+    os._exit(1)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from pipeline.data.corpus import Unit
+from pipeline.data.plan import Unit
 from pipeline.data.unit import UnitReport
 
 

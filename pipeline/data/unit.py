@@ -18,9 +18,10 @@ import numpy as np
 import xxhash
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.data.corpus import Unit, read_unit
+from pipeline.data.corpus import read_unit
 from pipeline.data.formats import Document, Rejected, TextRules
 from pipeline.data.manifest import SPLITS, TOKENIZER_NAME, ShardInfo, SplitName, digest_of
+from pipeline.data.plan import Unit
 from pipeline.data.shards import DOCUMENT_DTYPE, ShardWriter
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.seeds import named_seed

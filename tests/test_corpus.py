@@ -1,0 +1,275 @@
+"""Finding, cutting and reading: whatever goes in comes out once, or is named as rejected."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from pipeline.data.corpus import check_text_key, find_corpus, read_unit
+from pipeline.data.formats import TEXT_CHUNK_BYTES, Document, Rejected, TextRules
+from pipeline.data.plan import plan_units
+from pipeline.errors import UserError
+
+TEXTS = [f"document {i}\r\nline of {'x' * (i % 7)} é日本😀\n" for i in range(50)]
+
+
+def read(
+    *inputs: Path | str, rules: TextRules | None = None, exclude: tuple[str, ...] = ()
+) -> list[Document | Rejected]:
+    rules = rules or TextRules()
+    corpus = find_corpus([str(path) for path in inputs], exclude=exclude)
+    return [record for unit in plan_units(corpus.sources, rules) for record in read_unit(unit, rules)]
+
+
+def texts_of(records: list[Document | Rejected]) -> list[str]:
+    assert all(isinstance(record, Document) for record in records), records
+    return [record.text for record in records if isinstance(record, Document)]
+
+
+def faults_of(records: list[Document | Rejected]) -> list[tuple[int, str]]:
+    return [(record.row, record.reason) for record in records if isinstance(record, Rejected)]
+
+
+def json_lines(texts: list[str]) -> bytes:
+    return b"".join(json.dumps({"id": 1, "text": text}).encode() + b"\n" for text in texts)
+
+
+def write_csv(path: Path) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "text"])
+        writer.writerows([i, text] for i, text in enumerate(TEXTS))
+
+
+def write_dictionary_parquet(path: Path) -> None:
+    column = pa.array(TEXTS).dictionary_encode()
+    pq.write_table(pa.table({"text": column}), path, row_group_size=7)
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "a.jsonl": lambda path: path.write_bytes(json_lines(TEXTS)),
+    "a.ndjson": lambda path: path.write_bytes(b"\xef\xbb\xbf" + json_lines(TEXTS).replace(b"\n", b"\r\n\r\n")),
+    "a.json": lambda path: path.write_text(json.dumps([{"text": text} for text in TEXTS], indent=1)),
+    "lines.json": lambda path: path.write_bytes(json_lines(TEXTS)),
+    "a.csv": write_csv,
+    "a.parquet": lambda path: pq.write_table(pa.table({"id": range(50), "text": TEXTS}), path, row_group_size=9),
+    "dictionary.parquet": write_dictionary_parquet,
+    "a.jsonl.gz": lambda path: path.write_bytes(
+        gzip.compress(json_lines(TEXTS[:20])) + gzip.compress(json_lines(TEXTS[20:]))
+    ),
+    "a.jsonl.zst": lambda path: path.write_bytes(
+        zstandard.compress(json_lines(TEXTS[:20])) + zstandard.compress(json_lines(TEXTS[20:]))
+    ),
+    "packed.jsonl": lambda path: path.write_bytes(gzip.compress(json_lines(TEXTS))),
+    "parquet.bin": lambda path: pq.write_table(pa.table({"text": TEXTS}), path),
+}
+
+
+@pytest.mark.parametrize("unit_bytes", [300, 2**26])
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_gives_back_every_text_once(tmp_path: Path, name: str, unit_bytes: int) -> None:
+    WRITERS[name](tmp_path / name)
+    records = read(tmp_path / name, rules=TextRules(unit_bytes=unit_bytes))
+    assert texts_of(records) == TEXTS
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.ndjson"])
+def test_rows_count_within_the_source_wherever_it_is_cut(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path / name)
+    whole = [record.row for record in read(tmp_path / name)]
+    cut = [record.row for record in read(tmp_path / name, rules=TextRules(unit_bytes=200))]
+    assert whole == cut == [row * (2 if name == "a.ndjson" else 1) for row in range(50)]
+
+
+def test_text_files_are_documents_with_their_bytes_kept(tmp_path: Path) -> None:
+    for i, text in enumerate(TEXTS[:12]):
+        (tmp_path / f"{i:02}.txt").write_bytes(text.encode())
+    (tmp_path / "12.md.gz").write_bytes(gzip.compress(b"packed"))
+    (tmp_path / "13.rst").write_bytes(b"\xef\xbb\xbfmarked")
+    (tmp_path / "14.text").write_bytes(b"")
+    assert texts_of(read(tmp_path)) == [*TEXTS[:12], "packed", "marked"]
+
+
+@pytest.mark.parametrize("unit_bytes", [50, 2**26])
+def test_separator_cuts_text_into_documents(tmp_path: Path, unit_bytes: int) -> None:
+    content = "one\n\n--é--two--é----é--three\r\n--é--"
+    (tmp_path / "a.txt").write_bytes(content.encode() * 9)
+    records = read(tmp_path, rules=TextRules(separator="--é--", unit_bytes=unit_bytes))
+    assert texts_of(records) == ["one\n\n", "two", "three\r\n"] * 9
+    assert [record.row for record in records] == [row for row in range(36) if row % 4 != 2]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_large_text_is_cut_at_newlines_and_loses_nothing(tmp_path: Path, packed: bool) -> None:
+    content = ("\ufeff" + "a line of text, é and 日本\n" * 150_000 + "é" * (2 * TEXT_CHUNK_BYTES)).encode()
+    path = tmp_path / ("a.txt.gz" if packed else "a.txt")
+    path.write_bytes(gzip.compress(content, 1) if packed else content)
+    records = read(path, rules=TextRules(unit_bytes=2 * 10**6))
+    texts = texts_of(records)
+    assert "".join(texts) == content.decode("utf-8-sig")
+    assert [record.row for record in records] == list(range(len(texts)))
+    assert all(len(text.encode()) <= 2 * TEXT_CHUNK_BYTES + 3 for text in texts)
+    assert sum(text.endswith("\n") for text in texts) >= 3
+
+
+def test_bad_records_are_named_and_cost_only_themselves(tmp_path: Path) -> None:
+    lines = [
+        b'{"text": "good"}',
+        b'{"text": "cut',
+        b"[1, 2]",
+        b'{"other": 1}',
+        b'{"text": null}',
+        b'{"text": 5}',
+        b'{"text": ""}',
+        b'{"text": "\xff"}',
+        b'{"text": "\\ud800"}',
+        b"",
+        b'{"text": "nan is no JSON but common", "score": NaN}',
+        b'{"text": "zero \\u0000 byte"}',
+        b"[" * 100_000,
+    ]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    records = read(tmp_path)
+    assert [record.text for record in records if isinstance(record, Document)] == [
+        "good",
+        "nan is no JSON but common",
+        "zero \0 byte",
+    ]
+    assert faults_of(records) == [
+        (1, "malformed JSON"),
+        (2, "not a JSON object"),
+        (3, "no key 'text'"),
+        (4, "text is null"),
+        (5, "text is not a string"),
+        (6, "text is empty"),
+        (7, "invalid UTF-8"),
+        (8, "lone surrogate"),
+        (12, "malformed JSON"),
+    ]
+    for record in records:
+        if isinstance(record, Rejected):
+            assert len(record.excerpt.encode()) <= 1200
+
+
+def test_bad_bytes_in_text_csv_and_parquet_are_rejected(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"text\ngood\n\xff\n")
+    (tmp_path / "b.txt").write_bytes(b"bad \xe9")
+    column = pa.Array.from_buffers(pa.string(), 2, pa.array([b"good", b"\xff"]).buffers())
+    pq.write_table(pa.table({"text": column}), tmp_path / "c.parquet")
+    (tmp_path / "d.json").write_bytes(b'[{"text": "good"}, {"text": "\xff"}, {"text": "\\udfff"}]')
+    records = read(tmp_path)
+    assert [record.text for record in records if isinstance(record, Document)] == ["good"] * 3
+    reasons = ["invalid UTF-8"] * 4 + ["lone surrogate"]
+    assert faults_of(records) == list(zip([1, 0, 1, 1, 2], reasons, strict=True))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_truncated_files_are_named(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    WRITERS[name](path)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(UserError, match=f"cannot read .*{name}.*damaged or incomplete"):
+        read(path)
+
+
+def test_argument_order_and_repeats_change_nothing(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in "bca":
+        (tmp_path / "in" / f"{name}.txt").write_text(name)
+    a, folder, pattern = tmp_path / "in/a.txt", tmp_path / "in", tmp_path / "i*/[bc].txt"
+    plans = {
+        plan_units(find_corpus(list(map(str, order))).sources, TextRules())
+        for order in ([folder], [a, folder, a], [pattern, a], [a, pattern, folder])
+    }
+    assert len(plans) == 1
+
+
+def test_plan_groups_small_files_and_cuts_large_ones(tmp_path: Path) -> None:
+    for i in range(10):
+        (tmp_path / f"{i}.txt").write_text("x" * 30)
+    WRITERS["a.jsonl"](tmp_path / "large.jsonl")
+    units = plan_units(find_corpus([str(tmp_path)]).sources, TextRules(unit_bytes=100))
+    assert [len(unit.pieces) for unit in units[:4]] == [3, 3, 3, 1]
+    cuts = [piece for unit in units[3:] for piece in unit.pieces if piece.source.kind == "jsonl"]
+    assert [piece.start for piece in cuts] == [0, *(piece.stop for piece in cuts[:-1])]
+    assert cuts[-1].stop == (tmp_path / "large.jsonl").stat().st_size
+    assert all(unit.number == number for number, unit in enumerate(units))
+
+
+def test_folders_skip_hidden_and_unknown_files_and_say_so(tmp_path: Path) -> None:
+    for name in ["a.txt", ".hidden.txt", "b.bin", "sub/c.md", ".git/d.txt", "e.parquet.gz"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    corpus = find_corpus([str(tmp_path)])
+    assert [Path(source.name).name for source in corpus.sources] == ["a.txt", "c.md"]
+    assert "skipped 2 files of other kinds (.bin, .gz)" in corpus.notes[0]
+    assert texts_of(read(tmp_path / "b.bin", tmp_path / "*.bin")) == ["b.bin"]
+    assert texts_of(read(tmp_path, exclude=("*/sub/*",))) == ["a.txt"]
+    assert texts_of(read(f"{tmp_path}/**/*.md")) == ["sub/c.md"]
+
+
+def test_a_wrong_suffix_is_said(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.gz").write_text("plain")
+    corpus = find_corpus([str(tmp_path)])
+    assert "not compressed, whatever its suffix says" in corpus.notes[0]
+    assert texts_of(read(tmp_path)) == ["plain"]
+    (tmp_path / "b.parquet").write_text("no parquet")
+    with pytest.raises(UserError, match="not a parquet file"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("corpvs.txt", "no file or folder .*holds .*did you mean 'corpus.txt'"),
+        ("*.parquet", "nothing matches .*holds corpus.txt"),
+        ("org/name", "no file or folder 'org/name'.*write hf:org/name"),
+        ("empty", "holds nothing to read"),
+    ],
+)
+def test_inputs_that_match_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argument: str, message: str
+) -> None:
+    (tmp_path / "corpus.txt").write_text("text")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        find_corpus([argument])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.jsonl.zst"])
+def test_a_missing_key_is_refused_before_any_work(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path / name)
+    sources = find_corpus([str(tmp_path)]).sources
+    with pytest.raises(UserError, match=r"no key 'content'; found .*'text'; choose one with --text-key"):
+        check_text_key(sources, "content")
+    check_text_key(sources, "text")
+
+
+def test_saved_datasets_and_fake_hubs_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    saved = datasets.Dataset.from_dict({"text": TEXTS})
+    saved.save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict({"train": saved.select(range(20)), "test": saved}).save_to_disk(str(tmp_path / "both"))
+    (tmp_path / "hub").mkdir()
+    WRITERS["a.parquet"](tmp_path / "hub" / "train.parquet")
+    small = TextRules(unit_bytes=500)
+    assert texts_of(read(tmp_path / "saved", rules=small)) == TEXTS
+    assert texts_of(read(tmp_path / "both")) == TEXTS[:20]
+    records = read(f"hf:{tmp_path / 'hub'}", rules=small)
+    assert texts_of(records) == TEXTS
+    assert [record.row for record in records] == list(range(50))
+    with pytest.raises(UserError, match="no key 'body'"):
+        check_text_key(find_corpus([f"hf:{tmp_path / 'hub'}"]).sources, "body")
+    with pytest.raises(UserError, match=r"(?s)cannot load hf:.*wanted hf:NAME"):
+        find_corpus([f"hf:{tmp_path / 'missing'}"])
