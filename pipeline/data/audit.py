@@ -67,8 +67,12 @@ def _check_boundaries(shard: Shard) -> list[str]:
     expected = np.concatenate(([0], ends[:-1])) * shard.dtype.itemsize
     if not np.array_equal(expected, shard.pointers) or int(ends[-1]) != len(shard.tokens):
         return [f"{shard.info.name}.idx: documents do not lie end to end in the {len(shard.tokens)} tokens of .bin"]
-    if len(shard.documents) != shard.info.documents:
-        return [f"{shard.info.name}.docs.npy: expected {shard.info.documents} records, found {len(shard.documents)}"]
+    try:
+        records = len(shard.documents)
+    except ValueError as error:
+        return [f"{shard.info.name}.docs.npy: {error}"]
+    if records != shard.info.documents:
+        return [f"{shard.info.name}.docs.npy: expected {shard.info.documents} records, found {records}"]
     return []
 
 
