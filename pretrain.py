@@ -36,7 +36,8 @@ def main() -> None:
     optimizer = build_optimizer(model, config.optim)
     run = Run(config, dataset, runtime=runtime)
     state = run.resume(model, optimizer)
-    loader, validation = make_loaders(config, dataset, runtime)
+    loader = training_loader(dataset, config, rank=runtime.rank, world_size=runtime.world_size)
+    validation = validation_loader(dataset, config, rank=runtime.rank, world_size=runtime.world_size)
     wrapped = parallelise(model, config.parallel, runtime=runtime, compiled=config.train.compile)
     trainer = Trainer(
         wrapped, optimizer, loader=loader, runtime=runtime, clip_norm=config.optim.clip_norm, seed=config.seed
@@ -83,26 +84,6 @@ def make_model(config: Config, dataset: Dataset, runtime: Runtime) -> Decoder:
     model = build_model(config.model, n_tokens=dataset.vocab_size).to(runtime.device)
     initialise(model, seed=config.seed)
     return model
-
-
-def make_loaders(config: Config, dataset: Dataset, runtime: Runtime) -> tuple[Loader, Loader | None]:
-    """Training rows in shuffled order, and validation rows as they stand; None without a validation split."""
-    context, rank, ranks = config.model.context_length, runtime.rank, runtime.world_size
-    training = training_loader(
-        dataset,
-        config.data,
-        context_length=context,
-        seed=config.seed,
-        rank=rank,
-        world_size=ranks,
-        micro_batch=config.train.micro_batch,
-    )
-    if dataset.split("val").n_tokens < 2:
-        return training, None
-    validation = validation_loader(
-        dataset, config.data, context_length=context, rank=rank, world_size=ranks, micro_batch=config.train.micro_batch
-    )
-    return training, validation
 
 
 def make_meter(config: Config, model: Decoder, runtime: Runtime) -> Meter:

@@ -145,8 +145,7 @@ def _with_values(twin: type[BaseModel], values: dict[str, Any]) -> BaseModel:
     for name, field in twin.model_fields.items():
         default, given = field.default, values.get(name)
         if isinstance(default, BaseModel):
-            given = given or {}
-            filled[name] = _with_values(type(default), {**dict(default), **given}) if given else default
+            filled[name] = _with_values(type(default), given) if given else default
         else:
             filled[name] = given if name in values else default
     return twin.model_validate(filled)

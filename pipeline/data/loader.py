@@ -17,8 +17,8 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import DataConfig
-from pipeline.data.objectives import IGNORED, Batch, causal
+from pipeline.config import Config
+from pipeline.data.objectives import IGNORED, Batch, make_batch
 from pipeline.data.shards import Dataset, TokenSplit
 from pipeline.errors import UserError
 from pipeline.seeds import named_seed
@@ -107,19 +107,18 @@ class Loader:
     def __init__(
         self,
         windows: Windows,
-        config: DataConfig,
+        config: Config,
         *,
         order: Callable[[Indices], Indices],
         rank: int,
         world_size: int,
-        micro_batch: int,
     ) -> None:
         self.windows = windows
         self.config = config
         self.order = order
         self.rank = rank
         self.world_size = world_size
-        self.micro_batch = micro_batch
+        self.micro_batch = config.train.micro_batch
 
     def accumulation(self, rows: int) -> int:
         """Micro-batches per rank for a global batch of `rows`."""
@@ -144,12 +143,7 @@ class Loader:
         tokens, documents = self.windows.read(np.zeros(1, dtype=np.int64) if filler else windows)
         if filler:
             tokens[:, 1:] = IGNORED
-        return causal(
-            tokens,
-            documents,
-            document_mask=self.config.document_mask,
-            cross_document_targets=self.config.cross_document_targets,
-        )
+        return make_batch(tokens, documents, objective=self.config.objective, data=self.config.data)
 
     def sources(self, windows: Indices) -> list[str]:
         """The documents that these windows touch, as "source, row N"; to name what a step trained on."""
@@ -158,20 +152,12 @@ class Loader:
         return [f"{info.source}, row {info.row}" for info in described]
 
 
-def training_loader(
-    dataset: Dataset,
-    config: DataConfig,
-    *,
-    context_length: int,
-    seed: int,
-    rank: int,
-    world_size: int,
-    micro_batch: int,
-) -> Loader:
+def training_loader(dataset: Dataset, config: Config, *, rank: int, world_size: int) -> Loader:
     """Rows of the train split in an order drawn from (seed, data digest), a new one each epoch.
 
     The last partial window of an epoch is left out. Errors: a split with less than one full window.
     """
+    context_length = config.model.context_length
     windows = Windows(dataset.split("train"), context_length=context_length)
     n = windows.full_rows
     if n == 0:
@@ -184,19 +170,19 @@ def training_loader(
         shuffled = np.empty_like(rows)
         for epoch in np.unique(rows // n).tolist():
             inside = rows // n == epoch
-            key = named_seed(seed, "order", dataset.data_digest, epoch)
+            key = named_seed(config.seed, "order", dataset.data_digest, epoch)
             shuffled[inside] = permute(rows[inside] % n, n=n, key=key)
         return shuffled
 
-    return Loader(windows, config, order=order, rank=rank, world_size=world_size, micro_batch=micro_batch)
+    return Loader(windows, config, order=order, rank=rank, world_size=world_size)
 
 
-def validation_loader(
-    dataset: Dataset, config: DataConfig, *, context_length: int, rank: int, world_size: int, micro_batch: int
-) -> Loader:
-    """Rows of the val split as they stand, the last one padded: every token once."""
-    windows = Windows(dataset.split("val"), context_length=context_length)
-    return Loader(windows, config, order=lambda rows: rows, rank=rank, world_size=world_size, micro_batch=micro_batch)
+def validation_loader(dataset: Dataset, config: Config, *, rank: int, world_size: int) -> Loader | None:
+    """Rows of the val split as they stand, the last one padded: every token once. None: there is no such split."""
+    windows = Windows(dataset.split("val"), context_length=config.model.context_length)
+    if windows.targets == 0:
+        return None
+    return Loader(windows, config, order=lambda rows: rows, rank=rank, world_size=world_size)
 
 
 class Prefetcher:

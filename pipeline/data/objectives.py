@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.config import DataConfig, ObjectiveConfig
+
 IGNORED = -100  # as a label: nothing to predict here; as a token of a window: beyond the end of the data
 
 
@@ -32,6 +34,19 @@ class Batch:
         """The same batch on `device`."""
         inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
         return Batch(inputs=inputs, labels=self.labels.to(device, non_blocking=True))
+
+
+def make_batch(
+    windows: NDArray[np.int64], documents: NDArray[np.int64], *, objective: ObjectiveConfig, data: DataConfig
+) -> Batch:
+    """Windows and the document number of each of their tokens, both (B, T + 1), to what `objective` teaches."""
+    kinds = {"causal": causal}
+    return kinds[objective.kind](
+        windows,
+        documents,
+        document_mask=data.document_mask,
+        cross_document_targets=data.cross_document_targets,
+    )
 
 
 def causal(

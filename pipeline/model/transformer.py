@@ -159,7 +159,8 @@ class Decoder(nn.Module):
 
 def build_model(config: ModelConfig, *, n_tokens: int) -> Decoder:
     """The model that `config` describes, with uninitialised weights; see `initialise`."""
-    return Decoder(config, n_tokens=n_tokens)
+    families = {"decoder": Decoder}
+    return families[config.family](config, n_tokens=n_tokens)
 
 
 @torch.no_grad()

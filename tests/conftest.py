@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from pipeline.data.prepare import prepare
+from pipeline.data.request import Request
+from tests.support import write_corpus
+
+torch.set_num_threads(1)  # the suite runs in two processes on two cores
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """160 short documents as bytes, a fifth of them held out."""
+    folder = tmp_path_factory.mktemp("data")
+    corpus = write_corpus(folder / "corpus.jsonl")
+    output = folder / "dataset"
+    request = Request(inputs=(str(corpus),), output=output, tokenizer="bytes", val_fraction=0.2)
+    prepare(request, console=Console(quiet=True))
+    return output

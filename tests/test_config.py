@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from pipeline.cli import load_config
+from pipeline.config import Config, ModelConfig, resolved
+from pipeline.errors import UserError
+from pipeline.model.transformer import build_model, count_parameters
+from pipeline.seeds import named_seed
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+# Published parameter counts and vocabularies: GPT-2 as released by OpenAI, Llama 3.2 1B by Meta.
+PUBLISHED = {
+    "gpt_124m": (124_439_808, 50_257),
+    "gpt_350m": (354_823_168, 50_257),
+    "gpt_774m": (774_030_080, 50_257),
+    "gpt_1558m": (1_557_611_200, 50_257),
+    "llama_1b": (1_235_814_400, 128_256),
+}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_loads(path: Path) -> None:
+    config = load_config([str(path)])
+    assert config.run_dir == f"runs/{path.stem}"
+    assert config.total_steps > 0
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameter_count_is_the_published_one(name: str) -> None:
+    count, vocabulary = PUBLISHED[name]
+    config = load_config([str(ROOT / "configs" / f"{name}.yaml")])
+    exact = ModelConfig.model_validate({**config.model.model_dump(), "vocab_size": vocabulary})
+    with torch.device("meta"):
+        assert count_parameters(build_model(exact, n_tokens=vocabulary)) == count
+
+
+def test_shakespeare_has_the_size_of_the_baseline() -> None:
+    config = load_config([str(ROOT / "configs" / "shakespeare_char.yaml")])
+    model, train = config.model, config.train
+    assert (model.n_layers, model.n_heads, model.d_model, model.context_length, model.dropout) == (4, 4, 128, 64, 0.0)
+    assert (train.batch_tokens, config.batch_rows, config.total_steps) == (768, 12, 2000)
+
+
+def test_flags_override_the_file_and_accept_dashes(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("model: {d_model: 64, n_heads: 4}\noptim: {lr: 3e-4}\ntrain: {steps: 10}\n")
+    config = load_config(
+        [str(path), "--model.n-layers", "3", "--model.n_heads", "8", "--model.windows", "16", "null",
+         "--train.compile", "true", "--optim.betas", "0.8", "0.9", "--log.trackers", "wandb"]
+    )  # fmt: skip
+    assert (config.model.n_layers, config.model.n_heads, config.model.d_model) == (3, 8, 64)
+    assert config.model.windows == (16, None)
+    assert config.train.compile is True
+    assert config.optim.betas == (0.8, 0.9)
+    assert config.optim.lr == 3e-4  # YAML reads 3e-4 as a string
+    assert config.log.trackers == ("wandb",)
+
+
+def test_all_faults_come_at_once_with_the_nearest_key(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("model: {n_layerz: 4, d_model: -3}\noptm: {lr: 1}\noptim: {betas: [0.9, 2], lr: fast}\n")
+    with pytest.raises(UserError) as caught:
+        load_config([str(path)])
+    message = str(caught.value)
+    assert message.startswith("5 faults")
+    for expected in ("n_layers", "'optim'", "got -3", "optim.betas.1", "got 'fast'"):
+        assert expected in message
+
+
+def test_faults_of_flags_and_contradictions_come_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("train: {steps: 10}\n")
+    with pytest.raises(UserError) as caught:
+        load_config([str(path), "--train.steps", "-5", "--optim.lr", "0", "--model.n-heads", "7"])
+    assert str(caught.value).startswith("3 faults")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"train": {"steps": 10, "batch_tokens": 1000}}, "nearest: 1024"),
+        ({"train": {"steps": 10, "tokens": 10}}, "exactly one of steps and tokens"),
+        ({"train": {"steps": 10}, "optim": {"warmup_steps": 10}}, "warm-up of 10 steps"),
+        ({"train": {"steps": 100}, "optim": {"horizon_steps": 50}}, "learning rate would be 0 for 51 of 100"),
+        ({"optim": {"min_lr": 1.0}}, "above the peak"),
+        ({"model": {"n_heads": 12, "n_kv_heads": 5}}, "multiple of n_kv_heads"),
+    ],
+)
+def test_contradictions_are_refused(tmp_path: Path, settings: dict[str, object], expected: str) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    with pytest.raises(UserError, match=expected):
+        load_config([str(path)])
+
+
+def test_lengths_in_tokens_become_steps(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("train: {tokens: 10001, batch_tokens: 1024}\noptim: {warmup_tokens: 2000, horizon_tokens: 8192}\n")
+    config = load_config([str(path), "--optim.min-lr", "1e-5"])
+    assert (config.total_steps, config.warmup, config.horizon) == (10, 2, 8)
+
+
+def test_resolved_settings_load_again(tmp_path: Path) -> None:
+    config = load_config([str(ROOT / "configs" / "llama_1b.yaml")])
+    path = tmp_path / "again.yaml"
+    path.write_text(yaml.safe_dump(resolved(config)))
+    assert load_config([str(path)]) == config
+
+
+def test_json_schema_is_current() -> None:
+    assert json.loads((ROOT / "configs" / "schema.json").read_text()) == Config.model_json_schema()
+
+
+def test_every_key_is_documented_and_read() -> None:
+    """A key that nobody reads would be accepted and ignored."""
+    sources = [*(ROOT / "pipeline").rglob("*.py"), *ROOT.glob("*.py")]
+    read = {node.attr for path in sources for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Attribute)}  # fmt: skip
+    keys = []
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        keys += list(section.model_fields.items()) if hasattr(section, "model_fields") else [(name, field)]
+    assert [name for name, _ in keys if name not in read] == []
+    undocumented = [name for name, field in keys if not field.description]
+    assert undocumented == []
+
+
+def test_named_seeds_differ_by_name_and_never_change() -> None:
+    seeds = {named_seed(1, "a", 12), named_seed(1, "a1", 2), named_seed(1, "a", "12"), named_seed(2, "a", 12)}
+    assert len(seeds) == 4
+    assert named_seed(1337, "init", "embedding.tokens.weight") == 6447547851516101767

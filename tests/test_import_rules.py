@@ -1,0 +1,133 @@
+"""The house rules of docs/architecture.md, read off the syntax tree."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FLOORS = {"errors": 0, "seeds": 0, "config": 0, "cli": 0, "data": 1, "model": 1, "train": 2, "generate": 2, "export": 3}
+NO_TORCH = {
+    "corpus",
+    "formats",
+    "tokenizer",
+    "shards",
+    "manifest",
+    "prepare",
+    "request",
+    "unit",
+    "ledger",
+    "finish",
+    "progress",
+    "audit",
+}
+DOORS = {
+    "accelerate": {"train/runtime.py"},
+    "datasets": {"data/corpus.py", "data/formats.py"},
+    "tokenizers": {"data/tokenizer.py"},
+    "wandb": set(),
+    "matplotlib": {"train/curves.py"},
+    "transformers": set(),
+    "pickle": set(),
+}
+ENVIRONMENT = {"train/runtime.py", "data/prepare.py"}  # prepare sets the thread count of its own workers
+
+
+def modules() -> list[Path]:
+    return sorted((ROOT / "pipeline").rglob("*.py"))
+
+
+def imports(tree: ast.AST) -> list[str]:
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append(node.module or "")
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
+def faults_of(path: str, source: str) -> list[str]:
+    """Broken rules of one module; `path` is relative to pipeline/."""
+    tree = ast.parse(source)
+    own = path.split("/")[0].removesuffix(".py")
+    names = imports(tree)
+    found = []
+    for name in names:
+        if name.startswith("pipeline."):
+            other = room(name)
+            if FLOORS[other] > FLOORS[own] or (FLOORS[other] == FLOORS[own] > 0 and other != own):
+                found.append(f"{path} must not import {name}")
+        package = name.split(".")[0]
+        if package in DOORS and path not in DOORS[package]:
+            found.append(f"{path} must not import {package}")
+        if package == "torch" and own == "data" and Path(path).stem in NO_TORCH:
+            found.append(f"{path} must not import torch")
+    reads = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr in ("environ", "getenv")]
+    if reads and path not in ENVIRONMENT:
+        found.append(f"{path} must not read the environment")
+    found += [f"{path}:{node.lineno} works at import" for node in tree.body if not _declares(node)]
+    return found
+
+
+def _declares(node: ast.stmt) -> bool:
+    declarations = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+    if isinstance(node, declarations):
+        return True
+    if isinstance(node, ast.Expr):
+        return isinstance(node.value, ast.Constant)  # a docstring
+    return isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_module_keeps_the_rules(path: Path) -> None:
+    assert faults_of(str(path.relative_to(ROOT / "pipeline")), path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("data/loader.py", "from pipeline.model.layers import MLP"),
+        ("model/layers.py", "import pipeline.data.shards"),
+        ("config.py", "from pipeline.data import shards"),
+        ("generate/decode.py", "from pipeline.train.runtime import Runtime"),
+        ("data/shards.py", "import torch"),
+        ("data/prepare.py", "from torch import nn"),
+        ("train/step.py", "from accelerate import Accelerator"),
+        ("model/hf.py", "import transformers"),
+        ("train/step.py", "import os\nX = os.environ['HOME']"),
+        ("train/step.py", "import pickle"),
+        ("train/step.py", "print('imported')"),
+    ],
+)
+def test_broken_rule_is_found(path: str, source: str) -> None:
+    assert faults_of(path, source) != []
+
+
+def test_no_file_is_long() -> None:
+    files = [*modules(), *ROOT.glob("*.py")]
+    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert {name: length for name, length in lengths.items() if length > 400} == {}
+
+
+def test_training_loop_fits_one_screen() -> None:
+    tree = ast.parse((ROOT / "pretrain.py").read_text(encoding="utf-8"))
+    loop = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "train")
+    assert loop.end_lineno is not None
+    assert loop.end_lineno - loop.lineno + 1 <= 35
+
+
+def test_data_preparation_starts_without_torch() -> None:
+    import subprocess
+
+    code = "import sys; sys.argv = ['data_prep.py']; import data_prep; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
