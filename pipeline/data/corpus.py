@@ -61,9 +61,10 @@ class Corpus:
     notes: tuple[str, ...]
 
 
-def find_corpus(inputs: Sequence[str], *, exclude: Sequence[str] = ()) -> Corpus:
+def find_corpus(inputs: Sequence[str], *, exclude: Sequence[str] = (), output: Path | None = None) -> Corpus:
     """Resolve files, folders (recursive), globs, `hf:` names and saved datasets, sorted and without repeats.
 
+    What folders and globs find below `output` is left out: it is the result of an earlier run, not its input.
     Raises `UserError` for an input that matches nothing, naming what is there instead.
     """
     sources: dict[str, Source] = {}
@@ -73,14 +74,14 @@ def find_corpus(inputs: Sequence[str], *, exclude: Sequence[str] = ()) -> Corpus
         if text.startswith("hf:"):
             sources[text] = _dataset_source(text, "hub")
             continue
-        for path in _expand(text):
+        for path in _expand(text, output):
             if path.is_file():
                 files = [path]
             elif _is_saved_dataset(path):
                 sources[str(path)] = _dataset_source(str(path), "saved")
                 continue
             else:
-                files = _files_below(path, skipped)
+                files = _files_below(path, skipped, output)
             for file in files:
                 if not any(fnmatch(str(file), pattern) or fnmatch(file.name, pattern) for pattern in exclude):
                     sources[str(file)] = _file_source(file, notes)
@@ -121,13 +122,14 @@ def read_texts(units: Iterable[Unit], rules: TextRules) -> Iterator[str]:
                 yield record.text
 
 
-def _expand(text: str) -> list[Path]:
+def _expand(text: str, output: Path | None) -> list[Path]:
     """Existing resolved paths that an argument stands for."""
     path = Path(text).expanduser()
     if path.exists():
         return [path.resolve()]
     if glob.has_magic(text):
         matches = sorted(Path(match).resolve() for match in glob.glob(str(path), recursive=True))  # noqa: PTH207 - hidden
+        matches = [match for match in matches if output is None or not match.is_relative_to(output)]
         found = [match for match in matches if match.is_file() or "**" not in text]
         if found:
             return found
@@ -146,12 +148,12 @@ def _there(path: Path) -> str:
     return f"{folder.resolve()} holds {shown or 'nothing'}{nearest(path.name, names)}"
 
 
-def _files_below(folder: Path, skipped: list[Path]) -> list[Path]:
+def _files_below(folder: Path, skipped: list[Path], output: Path | None) -> list[Path]:
     """Files of known kinds below a folder; hidden ones are ignored, others are added to `skipped`."""
     files: list[Path] = []
     others: list[Path] = []
     for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and Path(parent, name) != output)
         for path in (Path(parent, name) for name in sorted(names) if not name.startswith(".")):
             (files if _known(path) else others).append(path.resolve())
     if not files:

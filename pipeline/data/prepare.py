@@ -7,7 +7,6 @@ what the ledger records is kept by the next run of the same command, everything 
 from __future__ import annotations
 
 import errno
-import glob
 import heapq
 import os
 import shlex
@@ -51,8 +50,7 @@ def prepare(request: Request, *, console: Console) -> Manifest:
     Raises `UserError` for whatever the user can mend, `StoppedEarly` on Ctrl-C; committed units are kept.
     """
     request.check()
-    own = f"{glob.escape(str(request.output.resolve()))}/*"  # an output below an input is no input of the next run
-    corpus = find_corpus(request.inputs, exclude=[*request.exclude, own])
+    corpus = find_corpus(request.inputs, exclude=request.exclude, output=request.output.resolve())
     for note in corpus.notes:
         console.print(f"note: {note}", markup=False)
     identity = request.identity(corpus)

@@ -1,0 +1,140 @@
+"""data_prep.py as a user runs it: one message per mistake and exit code 2, a dataset otherwise."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.data.shards import open_dataset
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(*arguments: Path | str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "data_prep.py"), *map(str, arguments)], check=False, capture_output=True, text=True
+    )
+
+
+def call(
+    *arguments: Path | str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, str, str]:
+    """Run the script in this process, which spares the imports: exit code, output, errors."""
+    monkeypatch.setattr(sys, "argv", ["data_prep.py", *map(str, arguments)])
+    code = 0
+    try:
+        runpy.run_path(str(ROOT / "data_prep.py"), run_name="__main__")
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def test_from_text_to_dataset_and_back(tmp_path: Path) -> None:
+    texts = [f"story number {i}\n" for i in range(150)]
+    (tmp_path / "stories.txt").write_text("\n\n".join(texts))
+    output = tmp_path / "out"
+    made = command(
+        tmp_path / "*.txt", "--output", output, "--tokenizer", "chars", "--text-separator", r"\n\n\n",
+        "--val-fraction", "0.1", "--workers", "2",
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert made.stderr == ""
+    dataset = open_dataset(output)
+    train, val = dataset.split("train"), dataset.split("val")
+    assert train.n_documents + val.n_documents == 150
+    assert f"train: {train.n_documents} documents, {train.n_tokens:,} tokens" in made.stdout
+    assert f"val: {val.n_documents} documents" in made.stdout
+    assert f"next: python pretrain.py configs/NAME.yaml --data.path {output}" in made.stdout
+    again = command(tmp_path / "*.txt", "--output", output, "--tokenizer", "chars", "--text-separator", r"\n\n\n",
+                    "--val-fraction", "0.1")  # fmt: skip
+    assert again.returncode == 0
+    assert "already complete" in again.stdout
+    verified = command("--verify", output)
+    assert (verified.returncode, "is whole: 150 documents" in verified.stdout) == (0, True)
+    assert "story number" in command("--inspect", output).stdout
+
+
+def test_defaults_hold_out_the_tail_of_a_single_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "To be, or not to be: that is the question.\r\n" * 30
+    (tmp_path / "play.txt").write_bytes(text.encode())
+    code, out, _ = call(
+        tmp_path / "play.txt",
+        "--output",
+        tmp_path / "out",
+        "--tokenizer",
+        "bytes",
+        capsys=capsys,
+        monkeypatch=monkeypatch,
+    )
+    assert code == 0
+    assert "the last 0.1 of the characters of each document is val" in out
+    dataset = open_dataset(tmp_path / "out")
+    train, val = dataset.split("train"), dataset.split("val")
+    joined = [*train.tokens(0, train.n_tokens - 1).tolist(), *val.tokens(0, val.n_tokens - 1).tolist()]
+    assert bytes(joined).decode() == text
+
+
+MISTAKES = {
+    "no input": ([], "nothing to prepare"),
+    "no output": (["good.jsonl"], "--output DIR is missing"),
+    "missing file": (["godo.jsonl", "--output", "out"], "no file or folder 'godo.jsonl'; "),
+    "nearest name": (["godo.jsonl", "--output", "out"], "did you mean 'good.jsonl'?"),
+    "hub name": (["org/data", "--output", "out"], "write hf:org/data"),
+    "no match": (["*.parquet", "--output", "out"], "nothing matches '*.parquet'"),
+    "wrong key": (["good.jsonl", "--output", "out", "--text-key", "body"], "has no key 'body'; found 'text'"),
+    "empty": (["empty.txt", "--output", "out"], "no document in 1 inputs: all of them are empty"),
+    "all bad": (["bad.txt", "--output", "out"], "all 1 records are bad\n  1 x invalid UTF-8"),
+    "truncated": (["cut.jsonl.gz", "--output", "out"], "cut.jsonl.gz: "),
+    "too many bad": (["mixed.jsonl", "--output", "out"], "50 of 200 records are bad (25.00%), --max-bad allows 1.00%"),
+    "three examples": (["mixed.jsonl", "--output", "out"], "row 8: malformed JSON: {oops"),
+    "fraction": (
+        ["good.jsonl", "--output", "out", "--val-fraction", "2"],
+        "--val-fraction wants a number in [0, 1), got 2",
+    ),
+    "no tokenizer": (["good.jsonl", "--output", "out", "--tokenizer", "none.json"], "no tokenizer file none.json"),
+    "small vocabulary": (["good.jsonl", "--output", "out", "--tokenizer", "train:9"], "at least 257, got 'train:9'"),
+    "no such EOS": (["good.jsonl", "--output", "out", "--eos", "</s>"], "has no token '</s>' to end documents with"),
+    "output is a file": (["good.jsonl", "--output", "empty.txt"], "cannot write to empty.txt"),
+    "output in use": (["good.jsonl", "--output", "."], "holds other files"),
+    "verify nothing": (["--verify", "nowhere"], "no dataset folder nowhere"),
+    "inspect unfinished": (["--inspect", "."], "is not complete: it has no manifest.json"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_one_message_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    good = "".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(150))
+    (tmp_path / "good.jsonl").write_text(good)
+    (tmp_path / "mixed.jsonl").write_text("".join("{oops\n" if i % 4 == 0 else line + "\n" for i, line in
+                                                  enumerate((good + good).splitlines()[:200])))  # fmt: skip
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(good.encode())[:-20])
+    (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "empty.txt").write_text("")
+    monkeypatch.chdir(tmp_path)
+    arguments, message = MISTAKES[name]
+    if "--tokenizer" not in arguments and "--output" in arguments:
+        arguments = [*arguments, "--tokenizer", "bytes"]
+    code, out, err = call(*arguments, capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 2, out
+    assert err.startswith("error: ")
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_help_names_every_flag(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, _ = call("--help", capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 0
+    flags = "output tokenizer val-fraction workers text-key exclude text-separator seed eos max-bad inspect verify"
+    assert [flag for flag in flags.split() if f"--{flag}" not in out] == []

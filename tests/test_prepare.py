@@ -1,0 +1,356 @@
+"""Preparing: the same dataset for any order, any number of workers and any interruption."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+from rich.console import Console
+from tokenizers import Tokenizer
+
+from pipeline.data.audit import verify
+from pipeline.data.formats import TextRules
+from pipeline.data.ledger import locked
+from pipeline.data.manifest import Manifest, SplitName
+from pipeline.data.prepare import prepare, training_sample
+from pipeline.data.request import Request
+from pipeline.data.shards import open_dataset
+from pipeline.errors import StoppedEarly, UserError
+from pipeline.seeds import named_seed
+
+TEXTS = [f"Document {i}: {'words and ' * (i % 13)}é日本 <|endoftext|> {i * i}\n" for i in range(240)]
+SMALL_UNITS = TextRules(unit_bytes=4000)
+INPUTS = ["a.jsonl", "b.jsonl"]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for number, name in enumerate(INPUTS):
+        write_lines(folder / name, TEXTS[number * 120 : (number + 1) * 120])
+    return folder
+
+
+def write_lines(path: Path, texts: list[str]) -> None:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def request(corpus: Path, name: str = "out", **changes: object) -> Request:
+    base = Request(
+        inputs=(str(corpus),),
+        output=corpus.parent / name,
+        tokenizer="train:300",
+        val_fraction=0.1,
+        rules=SMALL_UNITS,
+    )
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def run(wanted: Request) -> tuple[Manifest, str]:
+    stream = io.StringIO()
+    manifest = prepare(wanted, console=Console(file=stream, soft_wrap=True))
+    return manifest, stream.getvalue()
+
+
+def documents(folder: Path, split: SplitName) -> list[str]:
+    """Texts of a split, decoded by `tokenizers` itself."""
+    dataset = open_dataset(folder)
+    tokenizer = Tokenizer.from_file(str(dataset.tokenizer_path))
+    stream = dataset.split(split)
+    ids = stream.tokens(0, stream.n_tokens)
+    parts = np.split(ids, np.flatnonzero(ids == dataset.eos_id) + 1)
+    assert len(parts.pop()) == 0, "the stream ends with an end of document"
+    return [tokenizer.decode(part[:-1].tolist(), skip_special_tokens=False) for part in parts]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_every_document_is_there_once_with_the_ids_of_tokenizers(corpus: Path) -> None:
+    manifest, _ = run(request(corpus))
+    output = corpus.parent / "out"
+    train, val = documents(output, "train"), documents(output, "val")
+    assert len(manifest.splits["train"]) > 3
+    assert sorted(train + val) == sorted(TEXTS)
+    seed = named_seed(1337, "data", "split")
+    held_out = [text for text in TEXTS if xxhash.xxh3_64_intdigest(text.encode(), seed=seed) < 0.1 * 2**64]
+    assert val == held_out
+    assert train == [text for text in TEXTS if text not in held_out]
+    reference = Tokenizer.from_file(str(output / "tokenizer.json"))
+    reference.encode_special_tokens = True
+    dataset = open_dataset(output)
+    split = dataset.split("train")
+    expected = [[*reference.encode(text, add_special_tokens=False).ids, dataset.eos_id] for text in train]
+    assert split.tokens(0, split.n_tokens).tolist() == [token for ids in expected for token in ids]
+    assert [split.describe(n).tokens for n in range(split.n_documents)] == [len(ids) for ids in expected]
+    for number in range(split.n_documents):
+        info = split.describe(number)
+        line = Path(info.source).read_text().splitlines()[info.row]
+        assert json.loads(line)["text"] == train[number]
+        assert info.text_bytes == len(train[number].encode())
+    assert "whole" in verify(output)
+
+
+def test_workers_and_the_order_of_arguments_change_no_byte(corpus: Path) -> None:
+    run(request(corpus))
+    paths = tuple(str(corpus / name) for name in INPUTS)
+    run(request(corpus, "two", workers=2, inputs=paths[::-1]))
+    assert content(corpus.parent / "two") == content(corpus.parent / "out")
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"val_fraction": 0.2}, {"tokenizer": "bytes"}])
+def test_what_matters_changes_the_digest(corpus: Path, change: dict[str, object]) -> None:
+    manifest, _ = run(request(corpus))
+    other, _ = run(request(corpus, "other", **change))
+    assert manifest.data_digest != other.data_digest
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from rich.console import Console
+from pipeline.data.formats import TextRules
+from pipeline.data.prepare import prepare
+from pipeline.data.request import Request
+
+def dying_fsync(descriptor, left=[int(sys.argv[3])], real=os.fsync):
+    left[0] -= 1
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(descriptor)
+
+os.fsync = dying_fsync
+request = Request(inputs=(sys.argv[1],), output=Path(sys.argv[2]), tokenizer="train:300", val_fraction=0.1,
+                  rules=TextRules(unit_bytes=4000))
+prepare(request, console=Console())
+"""
+
+
+def test_kill_at_many_points_and_go_on(corpus: Path) -> None:
+    """Each process dies at a later call of fsync, the next goes on; the end is as if nothing had happened."""
+    run(request(corpus))
+    output = corpus.parent / "killed"
+    for calls in [1, 2, 3, 5, 6, 7, 8, 14, 21]:
+        command = [sys.executable, "-c", KILLED, str(corpus), str(output), str(calls)]
+        died = subprocess.run(command, check=False, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+        assert died.returncode == -signal.SIGKILL, died.stderr
+        assert not (output / "manifest.json").exists()
+        with pytest.raises(UserError, match="not complete"):
+            open_dataset(output)
+    _, said = run(request(corpus, "killed"))
+    assert "going on:" in said
+    finished = {name: data for name, data in content(output).items() if not name.endswith(".tmp")}
+    assert finished == content(corpus.parent / "out")
+
+
+def test_a_torn_ledger_line_costs_its_unit_only(corpus: Path) -> None:
+    run(request(corpus))
+    output = corpus.parent / "out"
+    before = content(output)
+    (output / "manifest.json").unlink()
+    (output / "ledger.jsonl").write_bytes(before["ledger.jsonl"][:-200])
+    _, said = run(request(corpus))
+    units = len(before["ledger.jsonl"].splitlines()) - 1
+    assert f"going on: {units - 1} of {units} units are done" in said
+    assert content(output) == before
+
+
+def test_a_complete_dataset_is_left_alone(corpus: Path) -> None:
+    manifest, _ = run(request(corpus))
+    times = {path: path.stat().st_mtime_ns for path in (corpus.parent / "out").iterdir()}
+    again, said = run(request(corpus, workers=2, max_bad=0.5))
+    assert said.startswith("already complete")
+    assert again == manifest
+    assert {path: path.stat().st_mtime_ns for path in (corpus.parent / "out").iterdir()} == times
+
+
+def test_other_settings_on_one_output_are_refused(corpus: Path) -> None:
+    run(request(corpus))
+    with pytest.raises(
+        UserError, match=r"(?s)made with other settings:\n  seed: made with 1337, now 7\n  tokenizer: "
+    ) as e:
+        run(request(corpus, seed=7, tokenizer="bytes"))
+    assert "val_fraction" not in str(e.value)
+    (corpus.parent / "out" / "manifest.json").unlink()
+    with pytest.raises(UserError, match="other settings"):
+        run(request(corpus, seed=7))
+
+
+def test_a_folder_of_something_else_is_refused(corpus: Path) -> None:
+    (corpus.parent / "out").mkdir()
+    (corpus.parent / "out" / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match=r"holds other files \(thesis.tex\)"):
+        run(request(corpus))
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_changed_inputs_are_prepared_again(corpus: Path, complete: bool) -> None:
+    wanted = request(corpus, tokenizer="bytes")
+    run(wanted)
+    if not complete:
+        (corpus.parent / "out" / "manifest.json").unlink()
+    write_lines(corpus / "b.jsonl", [text.upper() for text in TEXTS[120:200]])
+    _, said = run(wanted)
+    assert "made again because input or files changed" in said
+    run(replace(wanted, output=corpus.parent / "fresh"))
+    assert content(corpus.parent / "out") == content(corpus.parent / "fresh")
+
+
+def test_a_truncated_shard_is_made_again(corpus: Path) -> None:
+    run(request(corpus))
+    before = content(corpus.parent / "out")
+    (corpus.parent / "out" / "train-00001.bin").write_bytes(b"short")
+    _, said = run(request(corpus))
+    assert "1 made again" in said
+    assert content(corpus.parent / "out") == before
+
+
+@pytest.mark.parametrize("text", ["x" * 7 + "é\n", "a", "the quick brown fox\n" * 50])
+def test_few_documents_hold_out_their_tails(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.txt").write_text(text)
+    wanted = Request(inputs=(str(tmp_path / "a.txt"),), output=tmp_path / "out", tokenizer="bytes")
+    if len(text) == 1:
+        with pytest.raises(UserError, match="leaves train empty with 1 documents"):
+            run(wanted)
+        return
+    manifest, said = run(wanted)
+    cut = int(len(text) * 0.9)
+    assert documents(tmp_path / "out", "train") == [text[:cut]]
+    assert documents(tmp_path / "out", "val") == [text[cut:]]
+    assert "fewer than 100 documents (1): the last 0.1 of the characters" in said
+    assert manifest.split_rule == "the last 0.1 of the characters of each document is val, the rest train"
+
+
+def test_no_validation_split_on_request(corpus: Path) -> None:
+    manifest, _ = run(request(corpus, val_fraction=0.0))
+    assert manifest.splits["val"] == ()
+    assert documents(corpus.parent / "out", "train") == TEXTS
+
+
+def test_an_empty_validation_split_says_what_would_do(corpus: Path) -> None:
+    with pytest.raises(UserError, match="leaves val empty with 240 documents; --val-fraction") as caught:
+        run(request(corpus, val_fraction=1e-9))
+    assert list((corpus.parent / "out").iterdir()) == []
+    fraction = float(str(caught.value).split("--val-fraction ")[2].split()[0])
+    manifest, _ = run(request(corpus, val_fraction=fraction))
+    assert manifest.total("val", "documents") >= 1
+
+
+def test_bad_records_are_kept_aside_and_counted(corpus: Path) -> None:
+    with (corpus / "b.jsonl").open("a") as file:
+        file.write('{"text": ""}\nbroken\n')
+    manifest, _ = run(request(corpus))
+    assert manifest.drops == {"malformed JSON": 1, "text is empty": 1}
+    assert manifest.records == 242
+    lines = [json.loads(line) for line in (corpus.parent / "out" / "quarantine.jsonl").read_text().splitlines()]
+    source = str((corpus / "b.jsonl").resolve())
+    assert lines == [
+        {"source": source, "row": 120, "reason": "text is empty", "excerpt": ""},
+        {"source": source, "row": 121, "reason": "malformed JSON", "excerpt": "broken"},
+    ]
+    assert sorted(documents(corpus.parent / "out", "train") + documents(corpus.parent / "out", "val")) == sorted(TEXTS)
+
+
+def test_too_many_bad_records_stop_and_can_be_allowed(corpus: Path) -> None:
+    with (corpus / "b.jsonl").open("a") as file:
+        file.write("broken\n" * 3)
+    with pytest.raises(UserError, match=r"(?s)3 of 243 records are bad.*row 120: malformed JSON: broken.*row 122"):
+        run(request(corpus))
+    assert not (corpus.parent / "out" / "manifest.json").exists()
+    manifest, said = run(request(corpus, max_bad=0.05))
+    assert "units are done" in said
+    assert manifest.drops == {"malformed JSON": 3}
+
+
+def test_a_second_process_is_told_who_holds_the_folder(corpus: Path) -> None:
+    output = corpus.parent / "out"
+    output.mkdir()
+    with locked(output), pytest.raises(UserError, match=f"is being written by process {os.getpid()} on .* since 20"):
+        run(request(corpus))
+    run(request(corpus))
+
+
+def test_a_lock_of_a_dead_process_is_taken_over_but_not_that_of_another_host(corpus: Path) -> None:
+    output = corpus.parent / "out"
+    output.mkdir()
+    (output / ".lock").write_text('{"pid": 1, "host": "elsewhere", "since": "2020"}')
+    with pytest.raises(UserError, match=r"process 1 on elsewhere since 2020.*if that process is gone, remove"):
+        run(request(corpus))
+    (output / ".lock").write_text(json.dumps({"pid": 2**22 + 1, "host": os.uname().nodename, "since": "2020"}))
+    run(request(corpus))
+    assert not (output / ".lock").exists()
+
+
+def test_a_full_disk_keeps_finished_units_and_no_temporaries(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(request(corpus))
+    real, calls = os.fsync, 0
+
+    def full(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 30:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match=r"is full \(.* bytes free\); finished units are kept: make room and run"):
+            run(request(corpus, "full"))
+    assert not list((corpus.parent / "full").glob("*.tmp"))
+    assert (corpus.parent / "full" / "train-00000.idx").exists()
+    _, said = run(request(corpus, "full"))
+    assert "going on: 0 of" not in said
+    assert "going on:" in said
+    assert content(corpus.parent / "full") == content(corpus.parent / "out")
+
+
+def test_ctrl_c_says_how_to_go_on(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.data.prepare.prepare_unit", interrupted)
+        with pytest.raises(StoppedEarly, match=r"stopped: 0 of \d+ units are done; go on with: python"):
+            run(request(corpus))
+    manifest, _ = run(request(corpus))
+    assert manifest.total("train", "documents") > 200
+
+
+def test_an_output_below_the_input_is_no_input(corpus: Path) -> None:
+    inputs = (str(corpus), f"{corpus}/**", f"{corpus}/*")
+    wanted = request(corpus, tokenizer="bytes", output=corpus / "out", inputs=inputs)
+    run(wanted)
+    assert run(wanted)[1].startswith("already complete")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"val_fraction": 1.5}, r"--val-fraction wants a number in \[0, 1\), got 1.5"),
+        ({"max_bad": -1.0, "workers": 0}, r"(?s)--max-bad wants .* got -1\n--workers wants at least 1, got 0"),
+        ({"rules": TextRules(separator="")}, "--text-separator wants at least one character"),
+    ],
+)
+def test_senseless_numbers_are_refused(corpus: Path, change: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run(request(corpus, **change))
+
+
+def test_the_training_sample_is_bounded_and_ignores_order() -> None:
+    sample = training_sample(TEXTS, 2000)
+    assert sample == training_sample(TEXTS[::-1], 2000)
+    assert 1800 < sum(len(text.encode()) for text in sample) <= 2000
+    assert set(sample) < set(TEXTS)
+    assert sorted(training_sample(TEXTS, 10**9)) == sorted(TEXTS)
