@@ -9,8 +9,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,7 +49,7 @@ def write_lines(path: Path, texts: list[str]) -> None:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
-def request(corpus: Path, name: str = "out", **changes: object) -> Request:
+def request(corpus: Path, name: str = "out", /, **changes: Any) -> Request:
     base = Request(
         inputs=(str(corpus),),
         output=corpus.parent / name,
@@ -54,7 +57,7 @@ def request(corpus: Path, name: str = "out", **changes: object) -> Request:
         val_fraction=0.1,
         rules=SMALL_UNITS,
     )
-    return replace(base, **changes)  # type: ignore[arg-type]
+    return replace(base, **changes)
 
 
 def run(wanted: Request) -> tuple[Manifest, str]:
@@ -111,7 +114,7 @@ def test_workers_and_the_order_of_arguments_change_no_byte(corpus: Path) -> None
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"val_fraction": 0.2}, {"tokenizer": "bytes"}])
-def test_what_matters_changes_the_digest(corpus: Path, change: dict[str, object]) -> None:
+def test_what_matters_changes_the_digest(corpus: Path, change: dict[str, Any]) -> None:
     manifest, _ = run(request(corpus))
     other, _ = run(request(corpus, "other", **change))
     assert manifest.data_digest != other.data_digest
@@ -153,6 +156,57 @@ def test_kill_at_many_points_and_go_on(corpus: Path) -> None:
     assert "going on:" in said
     finished = {name: data for name, data in content(output).items() if not name.endswith(".tmp")}
     assert finished == content(corpus.parent / "out")
+
+
+PARALLEL = """
+import sys
+from pathlib import Path
+from rich.console import Console
+from pipeline.data.formats import TextRules
+from pipeline.data.prepare import prepare
+from pipeline.data.request import Request
+
+if __name__ == "__main__":
+    request = Request(inputs=(sys.argv[1],), output=Path(sys.argv[2]), tokenizer="bytes", val_fraction=0.1,
+                      rules=TextRules(unit_bytes=4000), workers=2)
+    prepare(request, console=Console())
+"""
+
+
+def test_workers_die_with_a_killed_parent(corpus: Path) -> None:
+    write_lines(corpus / "c.jsonl", [f"{i} {text}" for i in range(6) for text in TEXTS])
+    output = corpus.parent / "killed"
+    (corpus.parent / "script.py").write_text(PARALLEL)
+    command = [sys.executable, str(corpus.parent / "script.py"), str(corpus), str(output)]
+    root = str(Path(__file__).parents[1])
+    parent = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": root})
+    ledger = output / "ledger.jsonl"
+    wait_until(lambda: ledger.exists() and len(ledger.read_bytes().splitlines()) > 3)
+    found = subprocess.run(["pgrep", "-P", str(parent.pid)], check=True, capture_output=True, text=True)
+    workers = [int(pid) for pid in found.stdout.split()]
+    parent.kill()
+    parent.wait()
+    assert len(workers) >= 2
+    wait_until(lambda: not any(alive(pid) for pid in workers))
+    wanted = request(corpus, "killed", tokenizer="bytes")
+    _, said = run(wanted)
+    assert "going on:" in said
+    run(replace(wanted, output=corpus.parent / "out"))
+    assert {name: data for name, data in content(output).items() if not name.endswith(".tmp")} == content(
+        corpus.parent / "out"
+    )
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened for a minute"
+        time.sleep(0.01)
+
+
+def alive(pid: int) -> bool:
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], check=False, capture_output=True, text=True).stdout
+    return bool(state.strip()) and not state.startswith("Z")
 
 
 def test_a_torn_ledger_line_costs_its_unit_only(corpus: Path) -> None:
@@ -343,7 +397,7 @@ def test_an_output_below_the_input_is_no_input(corpus: Path) -> None:
         ({"rules": TextRules(separator="")}, "--text-separator wants at least one character"),
     ],
 )
-def test_senseless_numbers_are_refused(corpus: Path, change: dict[str, object], message: str) -> None:
+def test_senseless_numbers_are_refused(corpus: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         run(request(corpus, **change))
 

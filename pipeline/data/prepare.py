@@ -195,7 +195,7 @@ def _run(
 def _reports(
     units: Sequence[Unit], settings: UnitSettings, *, workers: int, on_batch: Callable[[int, int], None]
 ) -> Iterator[UnitReport]:
-    """Reports in the order of completion. One worker is this process, whose encoder uses all cores."""
+    """Reports in the order of completion. One worker is this process."""
     if workers == 1 or len(units) < 2:
         for unit in units:
             yield prepare_unit(unit, settings, on_batch=on_batch)
