@@ -150,7 +150,7 @@ def _their_tensors(model: Decoder, family: Family) -> dict[str, Tensor]:
     ours = _parts(model)
     if family.biased:  # a model without biases is one whose biases are zero
         for name, tensor in list(ours.items()):
-            if name.startswith("stack."):
+            if name.startswith("stack.") and name.endswith("weight"):
                 ours.setdefault(name.removesuffix("weight") + "bias", tensor.new_zeros(tensor.shape[0]))
     theirs: dict[str, Tensor] = {}
     for entry in entries(family, ours, n_layers=model.config.n_layers):

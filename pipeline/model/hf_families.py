@@ -167,11 +167,12 @@ def _parse_llama_like(values: Settings) -> tuple[Settings, list[str]]:
     heads, width = values["num_attention_heads"], values["hidden_size"]
     misfits = _differing(values, {"hidden_act": "silu", "attention_bias": False, "head_dim": width // heads})
     misfits += _layer_types(values)
-    rope: Settings = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        misfits.append(f"scaled rotary positions {kind!r} (supported: default)")
-    misfits += _differing({**values, **rope}, {"partial_rotary_factor": 1.0})
+    ropes: list[Settings] = [values.get("rope_scaling") or {}, values.get("rope_parameters") or {}]
+    kinds = {str(rope.get("rope_type", rope.get("type", "default"))) for rope in ropes} - {"default"}
+    if kinds:
+        misfits.append(f"scaled rotary positions {' and '.join(sorted(kinds))!r} (supported: default)")
+    for rope in (values, *ropes):
+        misfits += _differing(rope, {"partial_rotary_factor": 1.0})
     return {
         "n_layers": values["num_hidden_layers"],
         "n_heads": heads,
@@ -182,7 +183,7 @@ def _parse_llama_like(values: Settings) -> tuple[Settings, list[str]]:
         "norm": "rmsnorm",
         "norm_eps": values.get("rms_norm_eps", 1e-6),
         "position": "rotary",
-        "rope_theta": rope.get("rope_theta", values.get("rope_theta", 10000.0)),
+        "rope_theta": ropes[1].get("rope_theta", values.get("rope_theta", 10000.0)),
         "mlp": "swiglu",
         "bias": False,
         "tie_embeddings": values.get("tie_word_embeddings", False),
