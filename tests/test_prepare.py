@@ -120,7 +120,7 @@ def test_what_matters_changes_the_digest(corpus: Path, change: dict[str, Any]) -
     assert manifest.data_digest != other.data_digest
 
 
-KILLED = """
+SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 from rich.console import Console
@@ -128,17 +128,26 @@ from pipeline.data.formats import TextRules
 from pipeline.data.prepare import prepare
 from pipeline.data.request import Request
 
-def dying_fsync(descriptor, left=[int(sys.argv[3])], real=os.fsync):
+def dying_fsync(descriptor, left=[int(sys.argv[4])], real=os.fsync):
     left[0] -= 1
     if not left[0]:
         os.kill(os.getpid(), signal.SIGKILL)
     real(descriptor)
 
-os.fsync = dying_fsync
-request = Request(inputs=(sys.argv[1],), output=Path(sys.argv[2]), tokenizer="train:300", val_fraction=0.1,
-                  rules=TextRules(unit_bytes=4000))
-prepare(request, console=Console())
+if __name__ == "__main__":
+    os.fsync = dying_fsync
+    prepare(Request(inputs=(sys.argv[1],), output=Path(sys.argv[2]), tokenizer="train:300", val_fraction=0.1,
+                    rules=TextRules(unit_bytes=4000), workers=int(sys.argv[3])), console=Console())
 """
+
+
+def start(corpus: Path, output: Path, *, workers: int, fsyncs: int) -> subprocess.Popen[str]:
+    """Prepare in another process, which kills itself at the given call of fsync (0: never)."""
+    script = corpus.parent / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, str(script), str(corpus), str(output), str(workers), str(fsyncs)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, text=True)
 
 
 def test_kill_at_many_points_and_go_on(corpus: Path) -> None:
@@ -146,9 +155,7 @@ def test_kill_at_many_points_and_go_on(corpus: Path) -> None:
     run(request(corpus))
     output = corpus.parent / "killed"
     for calls in [1, 2, 3, 5, 6, 7, 8, 14, 21]:
-        command = [sys.executable, "-c", KILLED, str(corpus), str(output), str(calls)]
-        died = subprocess.run(command, check=False, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-        assert died.returncode == -signal.SIGKILL, died.stderr
+        assert start(corpus, output, workers=1, fsyncs=calls).wait() == -signal.SIGKILL
         assert not (output / "manifest.json").exists()
         with pytest.raises(UserError, match="not complete"):
             open_dataset(output)
@@ -158,28 +165,10 @@ def test_kill_at_many_points_and_go_on(corpus: Path) -> None:
     assert finished == content(corpus.parent / "out")
 
 
-PARALLEL = """
-import sys
-from pathlib import Path
-from rich.console import Console
-from pipeline.data.formats import TextRules
-from pipeline.data.prepare import prepare
-from pipeline.data.request import Request
-
-if __name__ == "__main__":
-    request = Request(inputs=(sys.argv[1],), output=Path(sys.argv[2]), tokenizer="bytes", val_fraction=0.1,
-                      rules=TextRules(unit_bytes=4000), workers=2)
-    prepare(request, console=Console())
-"""
-
-
 def test_workers_die_with_a_killed_parent(corpus: Path) -> None:
     write_lines(corpus / "c.jsonl", [f"{i} {text}" for i in range(6) for text in TEXTS])
     output = corpus.parent / "killed"
-    (corpus.parent / "script.py").write_text(PARALLEL)
-    command = [sys.executable, str(corpus.parent / "script.py"), str(corpus), str(output)]
-    root = str(Path(__file__).parents[1])
-    parent = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": root})
+    parent = start(corpus, output, workers=2, fsyncs=0)
     ledger = output / "ledger.jsonl"
     wait_until(lambda: ledger.exists() and len(ledger.read_bytes().splitlines()) > 3)
     found = subprocess.run(["pgrep", "-P", str(parent.pid)], check=True, capture_output=True, text=True)
@@ -188,7 +177,7 @@ def test_workers_die_with_a_killed_parent(corpus: Path) -> None:
     parent.wait()
     assert len(workers) >= 2
     wait_until(lambda: not any(alive(pid) for pid in workers))
-    wanted = request(corpus, "killed", tokenizer="bytes")
+    wanted = request(corpus, "killed")
     _, said = run(wanted)
     assert "going on:" in said
     run(replace(wanted, output=corpus.parent / "out"))
