@@ -12,7 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import matplotlib.backends.backend_agg  # noqa: F401 - imported by draw_curves, here once for all forks
 import torch
+import torch._dynamo  # imported by the first optimizer, likewise
 import yaml
 
 import pretrain

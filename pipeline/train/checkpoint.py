@@ -189,7 +189,7 @@ def resolve_checkpoint(path: Path) -> Path:
     if not path.is_dir():
         siblings = sorted(str(p) for p in path.parent.glob("*")) if path.parent.is_dir() else []
         raise UserError(f"no folder {path}{nearest(str(path), siblings)}")
-    if (path / "state.json").is_file():
+    if _NAME.fullmatch(path.name) or (path / "state.json").is_file():
         faults = verify(path)
         if faults:
             raise UserError(f"checkpoint {path} is damaged: {'; '.join(faults)}")

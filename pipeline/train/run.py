@@ -33,6 +33,8 @@ FIXED = ("seed", "data", "model", "objective")
 FREE = ("run_dir", "parallel", "checkpoint", "eval", "log")
 FREE_KEYS = ("train.steps", "train.tokens", "train.micro_batch", "train.device", "train.compile")
 
+DRAW_SECONDS = 60.0  # curves.png is drawn with a checkpoint at most this often: a picture costs a third of a second
+
 
 class Run:
     """Record, checkpoints and trackers of one run folder."""
@@ -46,6 +48,7 @@ class Run:
         self.store = CheckpointStore(self.folder / "checkpoints", config, tokenizer_file=tokenizer, runtime=runtime)
         self.record = Record(self.folder / "metrics.jsonl")
         self.console = ConsoleLine(total_steps=config.total_steps)
+        self._drawn = time.perf_counter()
 
     def resume(self, model: Decoder, optimizer: torch.optim.Optimizer) -> TrainState:
         """Fill model and optimizer from the newest intact checkpoint, or leave them and start at step 0.
@@ -140,8 +143,9 @@ class Run:
         began = time.perf_counter()
         path = self.store.save(state, model=model, optimizer=optimizer)
         self.runtime.say(f"saved {path} in {time.perf_counter() - began:.2f} s")
-        if self.runtime.is_main:
+        if self.runtime.is_main and (state.step == self.config.total_steps or began > self._drawn + DRAW_SECONDS):
             self._draw()
+            self._drawn = time.perf_counter()
 
     def _draw(self) -> None:
         try:

@@ -1,0 +1,201 @@
+"""A user's mistake: one message that says what to do, exit code 2, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from pipeline.data.prepare import prepare
+from pipeline.data.request import Request
+from pipeline.train.checkpoint import list_checkpoints, verify
+from tests.support import record, run_pretrain, tiny_settings, write_config, write_corpus
+
+
+def mistake(config: Path, *flags: str) -> str:
+    """Run, expect exit code 2 and a message without a traceback."""
+    code, printed = run_pretrain(config, *flags)
+    assert code == 2, printed
+    assert "Traceback" not in printed
+    assert printed.count("error: ") == 1
+    return printed
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def config(dataset: Path, tmp_path: Path) -> Path:
+    return write_config(tmp_path / "run.yaml", tiny_settings(dataset, tmp_path / "run"))
+
+
+@pytest.fixture
+def finished(config: Path) -> Path:
+    code, printed = run_pretrain(config)
+    assert code == 0, printed
+    return config.parent / "run"
+
+
+def test_unknown_key(config: Path) -> None:
+    config.write_text(config.read_text().replace("n_layers", "n_layerz"))
+    assert "model.n_layerz: unknown key; did you mean 'n_layers'?" in mistake(config)
+    assert not (config.parent / "run").exists()
+
+
+def test_negative_size(config: Path) -> None:
+    assert "model.d_model: input should be greater than 0, got -32" in mistake(config, "--model.d-model", "-32")
+
+
+def test_missing_config(tmp_path: Path) -> None:
+    assert "no config file" in mistake(tmp_path / "none.yaml")
+
+
+def test_missing_data_folder(config: Path, dataset: Path) -> None:
+    printed = mistake(config, "--data.path", str(dataset) + "x")
+    assert "no dataset folder" in printed
+    assert "did you mean 'dataset'" in printed
+
+
+def test_data_folder_without_manifest(config: Path, dataset: Path, tmp_path: Path) -> None:
+    shutil.copytree(dataset, tmp_path / "copy")
+    (tmp_path / "copy" / "manifest.json").unlink()
+    assert "is not complete" in mistake(config, "--data.path", str(tmp_path / "copy"))
+
+
+def test_truncated_bin(config: Path, dataset: Path, tmp_path: Path) -> None:
+    shutil.copytree(dataset, tmp_path / "copy")
+    file = tmp_path / "copy" / "train-00000.bin"
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes()[:-2])
+    printed = mistake(config, "--data.path", str(tmp_path / "copy"))
+    assert f"train-00000.bin has {size - 2} bytes, expected {size}" in printed
+
+
+def test_vocabulary_larger_than_the_models(config: Path) -> None:
+    printed = mistake(config, "--model.vocab-size", "200")
+    assert "model.vocab_size is 200" in printed
+    assert "257 tokens" in printed
+
+
+def test_other_tokenizer_than_the_checkpoints(finished: Path, config: Path, tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl")
+    other = tmp_path / "other"
+    request = Request(inputs=(str(corpus),), output=other, tokenizer="chars", val_fraction=0.2)
+    prepare(request, console=Console(quiet=True))
+    before = files_of(finished)
+    assert "the tokenizer of" in mistake(config, "--data.path", str(other), "--train.steps", "14")
+    assert files_of(finished) == before
+
+
+def test_other_data_than_the_checkpoints(finished: Path, config: Path, tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", seed=2)
+    other = tmp_path / "other"
+    request = Request(inputs=(str(corpus),), output=other, tokenizer="bytes", val_fraction=0.2)
+    prepare(request, console=Console(quiet=True))
+    assert "the data of" in mistake(config, "--data.path", str(other))
+
+
+def test_other_model_or_seed_is_another_run(finished: Path, config: Path) -> None:
+    before = files_of(finished)
+    printed = mistake(config, "--model.n-layers", "3", "--seed", "7")
+    assert "model.n_layers: 2 -> 3" in printed
+    assert "seed: 1337 -> 7" in printed
+    assert files_of(finished) == before
+
+
+def test_other_settings_need_a_word(finished: Path, config: Path) -> None:
+    flags = ("--train.steps", "14", "--optim.lr", "1e-3", "--optim.horizon-steps", "12")
+    assert "optim.lr: 0.003 -> 0.001" in mistake(config, *flags)
+    code, printed = run_pretrain(config, *flags, "--checkpoint.allow-changes", "true")
+    assert code == 0, printed
+    assert "changed on resuming: optim.lr: 0.003 -> 0.001" in printed
+    assert record(finished)[-1]["step"] == 14
+
+
+def test_flipped_byte_falls_back_to_the_previous_checkpoint(finished: Path, config: Path) -> None:
+    whole = record(finished)
+    damaged = list_checkpoints(finished / "checkpoints")[-1]
+    file = next((damaged / "model").iterdir())
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    code, printed = run_pretrain(config)
+    assert code == 0, printed
+    assert f"warning: checkpoint {damaged} is damaged and passed over" in printed
+    assert file.name in printed
+    assert "step-00000008" in printed
+    assert record(finished) == whole
+    assert verify(damaged) == []
+    assert damaged.with_name(damaged.name + ".damaged").is_dir()
+
+
+def test_every_checkpoint_damaged_is_refused(finished: Path, config: Path) -> None:
+    for checkpoint in list_checkpoints(finished / "checkpoints"):
+        (checkpoint / "state.json").write_text("{}")
+    assert "every checkpoint in" in mistake(config)
+
+
+def test_full_disk_while_saving(finished: Path, config: Path, tmp_path: Path) -> None:
+    """A limit on file size stands in for the full disk: it fails in the middle of a write, without privileges."""
+    before = files_of(finished / "checkpoints")
+    limited = tmp_path / "limited.txt"
+    code, printed = run_limited(config, limited, "--train.steps", "16", "--optim.horizon-steps", "12")
+    assert code == 2, printed
+    assert "could not save" in printed
+    assert "Traceback" not in printed
+    assert f"the last intact checkpoint is {list_checkpoints(finished / 'checkpoints')[-1]}" in printed
+    assert files_of(finished / "checkpoints") == before
+    code, printed = run_pretrain(config, "--train.steps", "16", "--optim.horizon-steps", "12")
+    assert code == 0, printed
+
+
+def run_limited(config: Path, output: Path, *flags: str) -> tuple[int, str]:
+    from tests.support import FORKS
+
+    process = FORKS.Process(target=_limited, args=([str(config), *flags], str(output)))
+    process.start()
+    process.join(240)
+    return process.exitcode or 0, output.read_text()
+
+
+def _limited(arguments: list[str], output: str) -> None:
+    import resource
+
+    from tests.support import _pretrain_into
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    _pretrain_into(arguments, output)
+
+
+def test_non_finite_loss_names_step_and_documents(dataset: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(dataset, tmp_path / "run", optim={"lr": 1e30, "clip_norm": None, "warmup_steps": 0})
+    printed = mistake(write_config(tmp_path / "run.yaml", settings))
+    assert "The update was not applied" in printed
+    assert "corpus.jsonl, row " in printed
+    step = int(printed.split("error: step ")[1].split(":")[0])
+    assert step >= 2
+    assert all(np.isfinite(line["loss"]) for line in record(tmp_path / "run") if "loss" in line)
+    assert max(line["step"] for line in record(tmp_path / "run")) == step - 1
+
+
+def test_no_cuda(config: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without CUDA")
+    assert "no CUDA device" in mistake(config, "--train.device", "cuda")
+    assert "fp16 needs CUDA" in mistake(config, "--train.precision", "fp16")
+
+
+def test_run_folder_describes_itself(finished: Path) -> None:
+    environment: dict[str, Any] = json.loads((finished / "environment.json").read_text())
+    assert len(environment["run_id"]) == 12
+    assert environment["starts"][0]["from_step"] == 0
+    assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (finished / "config.yaml").is_file()

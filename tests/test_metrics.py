@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.config import Config
+from pipeline.errors import UserError
+from pipeline.train.curves import draw_curves
+from pipeline.train.metrics import PEAK_TFLOPS, ConsoleLine, Meter, Record, device_peak_flops, read_record
+from pipeline.train.runtime import Runtime, Trackers
+from tests.support import run_pretrain, tiny_settings, write_config
+
+
+def test_record_is_cut_back_to_the_resumed_step(tmp_path: Path) -> None:
+    record = Record(tmp_path / "metrics.jsonl")
+    for step in (1, 2, 3):
+        record.write({"step": step, "loss": 1 / 3})
+    with record.path.open("a") as file:
+        file.write('{"step": 4, "lo')  # torn by a kill
+    record.cut_after(2)
+    record.write({"step": 3, "loss": 0.5})
+    assert read_record(record.path) == [
+        {"step": 1, "loss": 1 / 3}, {"step": 2, "loss": 1 / 3}, {"step": 3, "loss": 0.5},
+    ]  # fmt: skip
+
+
+def test_a_torn_line_elsewhere_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1\n{"step": 2}\n')
+    with pytest.raises(UserError, match="line 1 is not JSON"):
+        read_record(path)
+
+
+def test_meter_counts_all_but_the_first_step() -> None:
+    meter = Meter(flops_per_token=10, peak_flops=1000.0)
+    meter.count(tokens=100, seconds=50.0, waited=1.0)  # compiles
+    assert meter.take() == {}
+    meter.count(tokens=100, seconds=1.5, waited=0.5)
+    meter.count(tokens=100, seconds=2.0, waited=0.0)
+    assert meter.take() == {"tokens_per_second": 50.0, "step_seconds": 2.0, "data_wait_seconds": 0.25, "mfu": 0.5}
+    meter.count(tokens=10, seconds=1.0, waited=0.0)
+    assert meter.take()["tokens_per_second"] == 10.0
+
+
+def test_peak_is_known_or_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert device_peak_flops(cpu, torch.bfloat16, override_tflops=None) is None
+    assert device_peak_flops(cpu, torch.bfloat16, override_tflops=0.35) == 0.35e12
+    found = {}
+    for name in (
+        "NVIDIA H100 80GB HBM3",
+        "NVIDIA H100 PCIe",
+        "NVIDIA A100-SXM4-40GB",
+        "NVIDIA L40S",
+        "NVIDIA L4",
+        "Odd",
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        found[name] = device_peak_flops(cuda, torch.bfloat16, override_tflops=None)
+        assert device_peak_flops(cuda, torch.float32, override_tflops=None) is None
+    assert list(found.values()) == [989e12, 756e12, 312e12, 362e12, 121e12, None]
+
+
+def test_no_entry_of_the_peak_table_hides_a_later_one() -> None:
+    names = [name for name, _ in PEAK_TFLOPS]
+    for place, name in enumerate(names):
+        assert not any(earlier in name for earlier in names[:place]), name
+
+
+def test_console_line_shows_what_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+    line: dict[str, Any] = {"step": 20, "loss": 2.5, "lr": 1e-3, "grad_norm": 0.5}
+    console = ConsoleLine(total_steps=120)
+    console.show({**line, "tokens_per_second": 12345.6, "step_seconds": 36.0, "data_wait_seconds": 3.6, "mfu": 0.434})
+    console.show({"step": 20, "val_loss": 2.25, "val_bits_per_byte": 1.125})
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == (
+        "step  20/120  loss 2.5000  lr 1.00e-03  grad norm 0.500  12,346 tokens/s  ETA 1:00:00  MFU 43.4%  "
+        "waits for data 10%"
+    )
+    assert second == "step  20/120  validation loss 2.2500  1.1250 bits per byte"
+
+
+def test_curves_are_drawn_and_need_at_least_one_line(tmp_path: Path) -> None:
+    draw_curves([], tmp_path / "none.png", title="none")
+    assert not (tmp_path / "none.png").exists()
+    lines = [{"step": s, "loss": 3.0 / s, "lr": 0.1, "grad_norm": 1.0} for s in (1, 2, 3)]
+    draw_curves([*lines, {"step": 3, "val_loss": 1.5}], tmp_path / "curves.png", title="run")
+    assert (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+
+
+def test_trackers_are_fed_and_the_wandb_run_goes_on(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """wandb offline and TensorBoard, over a resume; read back with TensorBoard's own reader."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    settings = tiny_settings(dataset, tmp_path / "run", log={"every": 2, "trackers": ["wandb", "tensorboard"]})
+    config = write_config(tmp_path / "run.yaml", settings)
+    flags = ("--optim.horizon-steps", "12")
+    code, printed = run_pretrain(config, "--train.steps", "6", *flags)
+    assert code == 0, printed
+    code, printed = run_pretrain(config, *flags)
+    assert code == 0, printed
+    assert "trackers are off" not in printed
+    run_id = json.loads((tmp_path / "run" / "environment.json").read_text())["run_id"]
+    offline = sorted((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert len(offline) == 2
+    assert all(folder.name.endswith(run_id) for folder in offline)
+    events = list((tmp_path / "run").rglob("events.out.tfevents.*"))
+    steps: dict[int, float] = {}
+    for folder in {path.parent for path in events}:
+        reader = EventAccumulator(str(folder))
+        reader.Reload()
+        if "loss" in reader.Tags()["scalars"]:
+            steps.update({event.step: event.value for event in reader.Scalars("loss")})
+    recorded = {
+        line["step"]: line["loss"] for line in read_record(tmp_path / "run" / "metrics.jsonl") if "loss" in line
+    }
+    assert set(steps) == set(recorded) == {2, 4, 6, 8, 10, 12}
+    assert all(steps[step] == pytest.approx(recorded[step], rel=1e-6) for step in steps)
+
+
+class BrokenAccelerator:
+    def init_trackers(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        raise RuntimeError("run is finished")
+
+
+def test_a_failing_tracker_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = Config.model_validate({"run_dir": str(tmp_path), "log": {"trackers": ["wandb"]}})
+    accelerator: Any = BrokenAccelerator()
+    runtime = Runtime(accelerator, torch.device("cpu"), rank=0, world_size=1, precision=torch.float32)
+    trackers = Trackers(runtime, config, run_id="x", settings={})
+    trackers.log({"loss": 1.0}, step=1)
+    trackers.log({"loss": 1.0}, step=2)
+    assert capsys.readouterr().out.count("trackers are off from here on") == 1

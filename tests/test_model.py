@@ -1,0 +1,296 @@
+"""The model against the formulas and against transformers, an implementation by others."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.config import ModelConfig
+from pipeline.model.layers import KVCache, Rotation, attend, causal_mask, sinusoid
+from pipeline.model.transformer import Decoder, build_model, count_parameters, flops_per_token, initialise
+
+VOCABULARY = 70
+
+
+def make(**settings: Any) -> Decoder:
+    config = ModelConfig.model_validate({"n_layers": 2, "n_heads": 4, "d_model": 32, "context_length": 24, **settings})
+    model = build_model(config, n_tokens=VOCABULARY)
+    initialise(model, seed=3)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():  # ones and zeros would hide mistakes
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=1.0 if name.endswith("weight") else 0.0, std=0.3)
+    return model.eval()
+
+
+def tokens(rows: int = 3, time: int = 24) -> torch.Tensor:
+    return torch.randint(0, VOCABULARY, (rows, time), generator=torch.Generator().manual_seed(1))
+
+
+def naive_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    """The formula, loop by loop, in float64: (B, H, T, D)."""
+    q, k, v = q.double(), k.double(), v.double()
+    out = torch.zeros_like(q)
+    group = q.shape[1] // k.shape[1]
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            for t in range(q.shape[2]):
+                seen = [s for s in range(k.shape[2]) if allowed[b, 0, t, s]]
+                scores = torch.stack([q[b, h, t] @ k[b, h // group, s] for s in seen]) / math.sqrt(q.shape[3])
+                weights = (scores - scores.max()).exp() / (scores - scores.max()).exp().sum()
+                out[b, h, t] = sum(w * v[b, h // group, s] for w, s in zip(weights, seen, strict=True))
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_attention_is_the_formula(dtype: torch.dtype, masked: bool, kv_heads: int) -> None:
+    torch.manual_seed(0)
+    q = torch.randn(2, 4, 9, 8).to(dtype)
+    k, v = torch.randn(2, kv_heads, 9, 8).to(dtype), torch.randn(2, kv_heads, 9, 8).to(dtype)
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2], [0] * 9])
+    positions = torch.arange(9).expand(2, 9)
+    allowed = causal_mask(positions, torch.arange(9), window=4, documents=documents)
+    plain = torch.ones(9, 9, dtype=torch.bool).tril().expand(2, 1, 9, 9)
+    found = attend(q, k, v, mask=allowed if masked else None, dropout=0.0)
+    expected = naive_attention(q, k, v, allowed if masked else plain)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, atol=1e-6 if dtype == torch.float32 else 3e-2, rtol=1e-2)
+
+
+def test_mask_is_causal_windowed_and_within_documents() -> None:
+    documents = torch.tensor([[0, 0, 1, 1, 1]])
+    mask = causal_mask(torch.arange(5)[None], torch.arange(5), window=2, documents=documents)[0, 0]
+    expected = [[int(k <= t and t - k < 2 and documents[0, t] == documents[0, k]) for k in range(5)] for t in range(5)]
+    assert mask.int().tolist() == expected
+
+
+def test_rotation_turns_pairs_by_their_angle() -> None:
+    x = torch.randn(1, 1, 5, 6, dtype=torch.float64)
+    found = Rotation.of(torch.arange(5)[None], head_dim=6, theta=100.0).apply(x)
+    for t in range(5):
+        for i in range(3):
+            angle = t * 100.0 ** (-2 * i / 6)
+            a, b = x[0, 0, t, i].item(), x[0, 0, t, i + 3].item()
+            assert found[0, 0, t, i].item() == pytest.approx(a * math.cos(angle) - b * math.sin(angle), abs=1e-6)
+            assert found[0, 0, t, i + 3].item() == pytest.approx(b * math.cos(angle) + a * math.sin(angle), abs=1e-6)
+
+
+def test_sinusoid_is_the_papers() -> None:
+    found = sinusoid(torch.arange(7)[None], 8)[0]
+    for t in range(7):
+        for i in range(4):
+            assert found[t, 2 * i].item() == pytest.approx(math.sin(t / 10000 ** (2 * i / 8)), abs=1e-6)
+            assert found[t, 2 * i + 1].item() == pytest.approx(math.cos(t / 10000 ** (2 * i / 8)), abs=1e-6)
+
+
+def copy_into(target: torch.nn.Module, values: dict[str, torch.Tensor]) -> None:
+    missing = set(target.state_dict()) - set(values)
+    assert {name for name in missing if "inv_freq" not in name and ".attn.bias" not in name} <= {"lm_head.weight"}
+    target.load_state_dict(values, strict=False)
+
+
+@pytest.mark.parametrize("mlp", ["gelu", "gelu_tanh"])
+def test_logits_and_gradients_equal_gpt2_of_transformers(mlp: str) -> None:
+    ours = make(mlp=mlp)
+    reference = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=VOCABULARY, n_positions=24, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0, embd_pdrop=0,
+            attn_pdrop=0, activation_function="gelu" if mlp == "gelu" else "gelu_new",
+        )
+    ).eval()  # fmt: skip
+    state = ours.state_dict()
+    values = {
+        "transformer.wte.weight": state["embedding.tokens.weight"][:VOCABULARY],
+        "transformer.wpe.weight": state["embedding.positions.weight"],
+        "transformer.ln_f.weight": state["stack.final_norm.weight"],
+        "transformer.ln_f.bias": state["stack.final_norm.bias"],
+    }
+    for layer in range(2):
+        a, b = f"transformer.h.{layer}.", f"stack.blocks.{layer}."
+        for kind in ("weight", "bias"):
+            turn = (lambda w: w.T) if kind == "weight" else (lambda w: w)  # GPT-2 stores matrices transposed
+            qkv = torch.cat([state[f"{b}attention.query.{kind}"], state[f"{b}attention.key_value.{kind}"]])
+            values |= {
+                f"{a}ln_1.{kind}": state[f"{b}attention_norm.{kind}"],
+                f"{a}ln_2.{kind}": state[f"{b}mlp_norm.{kind}"],
+                f"{a}attn.c_attn.{kind}": turn(qkv),
+                f"{a}attn.c_proj.{kind}": turn(state[f"{b}attention.out.{kind}"]),
+                f"{a}mlp.c_fc.{kind}": turn(state[f"{b}mlp.up.{kind}"]),
+                f"{a}mlp.c_proj.{kind}": turn(state[f"{b}mlp.down.{kind}"]),
+            }
+    copy_into(reference, values)
+    batch = tokens()
+    theirs = reference(batch, labels=batch)
+    torch.testing.assert_close(ours(batch), theirs.logits, atol=1e-5, rtol=1e-4)
+    labels = torch.cat([batch[:, 1:], torch.full((3, 1), -100)], dim=1)
+    loss = ours(batch, labels=labels) / (labels != -100).sum()
+    torch.testing.assert_close(loss, theirs.loss)
+    loss.backward()
+    theirs.loss.backward()
+    expected = reference.transformer.h[0].mlp.c_fc.weight.grad.T
+    torch.testing.assert_close(ours.stack.blocks[0].mlp.up.weight.grad, expected, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_equal_llama_of_transformers(tied: bool) -> None:
+    ours = make(norm="rmsnorm", position="rotary", mlp="swiglu", bias=False, n_kv_heads=2, d_ff=80, tie_embeddings=tied)
+    reference = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=24, rms_norm_eps=1e-5, rope_theta=10000.0,
+            tie_word_embeddings=tied,
+        )
+    ).eval()  # fmt: skip
+    state = ours.state_dict()
+    values = {
+        "model.embed_tokens.weight": state["embedding.tokens.weight"][:VOCABULARY],
+        "model.norm.weight": state["stack.final_norm.weight"],
+    }
+    if not tied:
+        values["lm_head.weight"] = state["head.weight"][:VOCABULARY]
+    for layer in range(2):
+        a, b = f"model.layers.{layer}.", f"stack.blocks.{layer}."
+        key, value = state[f"{b}attention.key_value.weight"].chunk(2)
+        values |= {
+            f"{a}input_layernorm.weight": state[f"{b}attention_norm.weight"],
+            f"{a}post_attention_layernorm.weight": state[f"{b}mlp_norm.weight"],
+            f"{a}self_attn.q_proj.weight": state[f"{b}attention.query.weight"],
+            f"{a}self_attn.k_proj.weight": key,
+            f"{a}self_attn.v_proj.weight": value,
+            f"{a}self_attn.o_proj.weight": state[f"{b}attention.out.weight"],
+            f"{a}mlp.up_proj.weight": state[f"{b}mlp.up.weight"],
+            f"{a}mlp.gate_proj.weight": state[f"{b}mlp.gate.weight"],
+            f"{a}mlp.down_proj.weight": state[f"{b}mlp.down.weight"],
+        }
+    copy_into(reference, values)
+    torch.testing.assert_close(ours(tokens()), reference(tokens()).logits, atol=1e-5, rtol=1e-4)
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"norm": "rmsnorm", "norm_position": "post"},
+    {"position": "rotary", "qk_norm": True, "n_kv_heads": 1},
+    {"position": "sinusoidal", "mlp": "relu2", "bias": False},
+    {"position": "none", "mlp": "swiglu", "windows": (4, None)},
+    {"logit_soft_cap": 5.0, "tie_embeddings": False},
+]
+
+
+@pytest.mark.parametrize("settings", VARIANTS, ids=str)
+def test_no_position_sees_the_future(settings: dict[str, Any]) -> None:
+    model = make(**settings)
+    before, after = tokens(), tokens()
+    after[:, 10:] = (after[:, 10:] + 1) % VOCABULARY
+    first, second = model(before), model(after)
+    torch.testing.assert_close(first[:, :10], second[:, :10])
+    assert (first[:, 10] - second[:, 10]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("settings", VARIANTS, ids=str)
+def test_cached_steps_equal_one_pass(settings: dict[str, Any]) -> None:
+    model = make(**settings)
+    batch = tokens()
+    cache = KVCache(model.config, rows=3, capacity=24, dtype=torch.float32, device=torch.device("cpu"))
+    first = model(batch[:, :7], cache=cache)
+    rest = [
+        model(batch[:, t : t + 1], positions=torch.full((3, 1), t), cache=cache, visible=t + 1) for t in range(7, 24)
+    ]
+    parts = [first, *rest]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(batch), atol=1e-5, rtol=1e-4)
+
+
+def test_a_window_hides_what_is_older() -> None:
+    model = make(n_layers=1, windows=(4,))
+    before, after = tokens(), tokens()
+    after[:, 0] = (after[:, 0] + 1) % VOCABULARY
+    first, second = model(before), model(after)
+    torch.testing.assert_close(first[:, 4:], second[:, 4:])
+    assert (first[:, 3] - second[:, 3]).abs().max() > 1e-4
+
+
+def test_documents_are_hidden_from_each_other() -> None:
+    model = make(position="rotary")
+    batch = tokens(rows=1)
+    documents = torch.tensor([[0] * 9 + [1] * 15])
+    whole = model(batch, documents=documents)
+    torch.testing.assert_close(whole[:, 9:], model(batch[:, 9:]), atol=1e-5, rtol=1e-4)  # rotary is relative
+    torch.testing.assert_close(whole[:, :9], model(batch[:, :9]), atol=1e-5, rtol=1e-4)
+
+
+def test_soft_cap_bounds_logits() -> None:
+    capped, plain = make(logit_soft_cap=0.5), make()
+    torch.testing.assert_close(capped(tokens()), 0.5 * torch.tanh(plain(tokens()) / 0.5))
+
+
+def test_padded_vocabulary_is_neither_seen_nor_trained() -> None:
+    model = make()
+    assert model.embedding.tokens.weight.shape[0] == 128
+    batch = tokens()
+    assert model(batch).shape[-1] == VOCABULARY
+    model(batch, labels=batch).backward()
+    grad = model.embedding.tokens.weight.grad
+    assert grad is not None
+    assert grad[VOCABULARY:].abs().max() == 0
+    assert grad[:VOCABULARY].abs().max() > 0
+
+
+def test_initial_weights_follow_the_table_and_the_name_alone() -> None:
+    small = build_model(ModelConfig(n_layers=8, n_heads=4, d_model=256, context_length=64), n_tokens=500)
+    wide = build_model(
+        ModelConfig(n_layers=8, n_heads=4, d_model=256, context_length=64, position="rotary"), n_tokens=500
+    )
+    initialise(small, seed=1)
+    initialise(wide, seed=1)
+    for name, parameter in small.named_parameters():
+        into_stream = name.endswith(("attention.out.weight", "mlp.down.weight"))
+        if parameter.dim() == 2:
+            expected = 0.02 / math.sqrt(16) if into_stream else 0.02
+            assert parameter.std().item() == pytest.approx(expected, rel=0.03), name
+        else:
+            assert set(parameter.tolist()) == {1.0 if name.endswith("weight") else 0.0}, name
+    shared = dict(wide.named_parameters())
+    for name, parameter in small.named_parameters():
+        if name in shared:
+            assert torch.equal(parameter, shared[name])
+    initialise(wide, seed=2)
+    assert not torch.equal(small.embedding.tokens.weight, wide.embedding.tokens.weight)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"mlp": "swiglu", "n_kv_heads": 2, "d_ff": 96, "tie_embeddings": False}], ids=str
+)
+def test_flops_equal_what_pytorch_counts(settings: dict[str, Any]) -> None:
+    model = build_model(
+        ModelConfig.model_validate({"n_layers": 3, "n_heads": 4, "d_model": 64, "context_length": 64, **settings}),
+        n_tokens=128,
+    )
+    initialise(model, seed=1)
+    batch = torch.randint(0, 128, (2, 64))
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(batch, labels=batch).backward()
+    assert flops_per_token(model, context_length=64) * batch.numel() == pytest.approx(
+        counter.get_total_flops(), rel=0.02
+    )
+
+
+def test_dropout_drops_in_training_only() -> None:
+    model = make(dropout=0.5)
+    assert torch.equal(model(tokens()), model(tokens()))
+    model.train()
+    torch.manual_seed(1)
+    first = model(tokens())
+    assert not torch.equal(first, model(tokens()))
+    torch.manual_seed(1)
+    assert torch.equal(first, model(tokens()))
+
+
+def test_count_is_of_distinct_parameters() -> None:
+    tied, untied = make(), make(tie_embeddings=False)
+    assert count_parameters(untied) - count_parameters(tied) == 128 * 32
