@@ -35,6 +35,7 @@ format: $(INSTALLED_DEV)
 
 bench: $(INSTALLED_DEV)
 	$(BIN)/python -m benchmarks.train_step
+	$(BIN)/python -m benchmarks.generate
 
 schema: $(INSTALLED)
 	$(BIN)/python -m pipeline.config > configs/schema.json

@@ -1,7 +1,7 @@
 """What a user can get wrong, told in one message.
 
-In: any exception. Out: exit code 0 (done), 2 (the user's to mend, one message, no traceback) or a
-traceback (ours to mend). `StoppedEarly` is neither: the run was asked to stop and can be continued.
+In: any exception. Out: exit code 0 (done), 2 (the user's to mend, one message, no traceback), 130 (Ctrl-C) or
+a traceback (ours to mend). `StoppedEarly` is none of these: the run was asked to stop and can be continued.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again to go on
 
 
@@ -38,6 +39,8 @@ def run_command(main: Callable[[], None]) -> None:
     except StoppedEarly as stop:
         print(str(stop), file=sys.stderr)
         raise SystemExit(EXIT_STOPPED) from None
+    except KeyboardInterrupt:
+        raise SystemExit(EXIT_INTERRUPTED) from None
     except BrokenPipeError:  # the reader of our output (head, less) went away
         sys.stderr.close()
         raise SystemExit(0) from None

@@ -132,14 +132,6 @@ def test_every_range_of_tokens_and_its_documents(folder: Path) -> None:
             assert np.array_equal(documents, numbers[start:stop])
 
 
-def test_text_bytes_of_a_prefix_count_whole_documents(folder: Path) -> None:
-    split = open_dataset(folder).split("train")
-    ends = np.cumsum([len(text.encode()) + 1 for text in DOCUMENTS])
-    for token in range(split.n_tokens + 1):
-        whole = sum(len(text.encode()) for text, end in zip(DOCUMENTS, ends, strict=True) if end <= token)
-        assert split.text_bytes_until(token) == whole
-
-
 def test_views_are_not_copies(folder: Path) -> None:
     split = open_dataset(folder).split("train")
     whole: npt.NDArray[np.uint16] = split.shards()[1].tokens
@@ -168,7 +160,7 @@ def test_ranges_outside_the_split_are_refused(folder: Path) -> None:
 def test_an_empty_split_and_an_empty_file_are_read(folder: Path) -> None:
     edit(folder, lambda values: values["splits"].update(val=[]))
     val = open_dataset(folder).split("val")
-    assert (val.n_tokens, val.n_documents, val.text_bytes, val.text_bytes_until(0)) == (0, 0, 0, 0)
+    assert (val.n_tokens, val.n_documents, val.text_bytes) == (0, 0, 0)
     assert len(val.tokens(0, 0)) == len(val.document_of(0, 0)) == 0
     shard = open_dataset(folder).split("train").shards()[0]
     (folder / "train-00000.bin").write_bytes(b"")

@@ -252,17 +252,6 @@ class TokenSplit:
             text_bytes=int(record["text_bytes"]),
         )
 
-    def text_bytes_until(self, token: int) -> int:
-        """UTF-8 bytes of the documents that lie wholly in tokens [0, token)."""
-        self._check_range(0, token)
-        number = int(np.searchsorted(self._token_starts, token, side="right")) - 1
-        total = sum(shard.info.text_bytes for shard in self._shards[:number])
-        if number < len(self._shards):
-            shard = self._shards[number]
-            whole = shard.document_at(token - int(self._token_starts[number]))
-            total += int(shard.documents["text_bytes"][:whole].sum())
-        return total
-
     def shards(self) -> list[Shard]:
         """The shards in order, for those who read them one by one."""
         return list(self._shards)

@@ -16,8 +16,9 @@ import json
 import os
 import re
 import shutil
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -194,13 +195,17 @@ def resolve_checkpoint(path: Path) -> Path:
         if faults:
             raise UserError(f"checkpoint {path} is damaged: {'; '.join(faults)}")
         return path
-    newest = newest_intact(path / "checkpoints", warn=print)
+    newest = newest_intact(path / "checkpoints", warn=_to_stderr)
     if newest is None:
         raise UserError(f"{path} is neither a checkpoint nor a run with one in {path / 'checkpoints'}")
     return newest
 
 
-def newest_intact(folder: Path, *, warn: Any) -> Path | None:
+def _to_stderr(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def newest_intact(folder: Path, *, warn: Callable[[str], None]) -> Path | None:
     """The newest checkpoint that verifies; damaged ones are named through `warn`. None: there never was one.
 
     Errors: there are checkpoints and all of them are damaged.

@@ -1,0 +1,1 @@
+"""Speed and memory claims, runnable: ratios from one run on one machine."""
