@@ -225,7 +225,7 @@ class EvalConfig(Section):
     every: PositiveInt = 1000
     """Steps between evaluations; the last step is always evaluated."""
     tokens: PositiveInt | None = None
-    """Evaluate on the first so many validation tokens (default: all)."""
+    """Evaluate on the first so many validation tokens, rounded up to whole windows (default: all)."""
 
 
 class LogConfig(Section):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from pipeline.data.prepare import prepare
 from pipeline.data.request import Request
 from tests.support import write_corpus
 
-torch.set_num_threads(1)  # the suite runs in two processes on two cores
+# The suite runs in as many processes as there are cores; two threads each would wait for each other more than work.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ NO_TORCH = {
 }
 DOORS = {
     "accelerate": {"train/runtime.py"},
-    "datasets": {"data/corpus.py", "data/formats.py"},
+    "datasets": {"data/corpus.py"},
     "tokenizers": {"data/tokenizer.py"},
     "wandb": set(),
     "matplotlib": {"train/curves.py"},

@@ -132,6 +132,10 @@ class Trackers:
             runtime.accelerator.init_trackers(config.log.project, config=flat, init_kwargs={"wandb": wandb})
         except Exception as error:  # any failure of a tracker, whatever its type, must not stop training
             self._give_up(error)
+            return
+        started = {tracker.name for tracker in runtime.accelerator.trackers}
+        for name in sorted(set(config.log.trackers) - started):  # accelerate passes over what is not installed
+            runtime.say(f"warning: log.trackers names {name}, which is not installed; metrics.jsonl is kept as always")
 
     def log(self, values: dict[str, Any], *, step: int) -> None:
         """Send numbers of one step."""

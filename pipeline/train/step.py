@@ -62,7 +62,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         local = sum(part.targets for part in batch.micro_batches)
-        targets = int(self.runtime.sum(torch.tensor(local, dtype=torch.float64, device=self.runtime.device)).item())
+        total = self.runtime.sum(torch.tensor(local, dtype=torch.float64, device=self.runtime.device))
+        targets = max(int(total.item()), 1)  # a batch without any target has loss 0 and no gradient
         while True:
             losses = self._backward(batch, step=step, targets=targets)
             self.scaler.unscale_(self.optimizer)
