@@ -13,7 +13,7 @@ quickstart: $(INSTALLED)
 	$(BIN)/python data_prep.py "$(STDLIB)/**/*.py" --exclude "*/site-packages/*" "*/test/*" "*/tests/*" "*/idlelib/*" \
 		--output data/quickstart --tokenizer train:2048 --val-fraction 0.02
 	$(BIN)/python pretrain.py configs/quickstart.yaml
-	$(BIN)/python sample.py runs/quickstart --prompt "def " "class " "import " --max-new-tokens 100 --temperature 0.8 --top-k 50
+	$(BIN)/python sample.py runs/quickstart --prompt "def get_" "class Test" "import os" --max-new-tokens 120 --temperature 0.6 --top-k 50
 	@echo
 	@echo "curves:  runs/quickstart/curves.png"
 	@echo "record:  runs/quickstart/metrics.jsonl"

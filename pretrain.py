@@ -9,6 +9,7 @@ curves.png. Exit code 0: done; 2: a mistake to mend, told in one message; 75: st
 
 from __future__ import annotations
 
+import shlex
 import sys
 
 from pipeline.cli import load_config
@@ -43,22 +44,23 @@ def main() -> None:
         wrapped, optimizer, loader=loader, runtime=runtime, clip_norm=config.optim.clip_norm, seed=config.seed
     )
     trainer.load_loss_scale(state.loss_scale)
-    announce(config, model, loader, runtime)
-    try:
-        train(run, state, model=model, trainer=trainer, validation=validation)
-    finally:
-        runtime.stop()
+    announce(config, state, model, loader, validation, runtime)
+    with Prefetcher(loader, first_row=state.rows, rows=config.batch_rows) as batches:
+        train(run, state, batches, model=model, trainer=trainer, validation=validation)
+    run.close()
+    runtime.stop()
 
 
-def train(run: Run, state: TrainState, *, model: Decoder, trainer: Trainer, validation: Loader | None) -> None:
+def train(
+    run: Run, state: TrainState, batches: Prefetcher, *, model: Decoder, trainer: Trainer, validation: Loader | None
+) -> None:
     """The loop: it says when; the functions it calls say how."""
     config, runtime, last = run.config, run.runtime, run.config.total_steps
     meter = make_meter(config, model, runtime)
-    batches = Prefetcher(trainer.loader, first_row=state.rows, rows=config.batch_rows)
     stop = StopSignal()
     for step, batch in zip(range(state.step + 1, last + 1), batches, strict=False):
         result = trainer.step(batch, step=step, lr=learning_rate(step, config))
-        state = state.after(rows=config.batch_rows, targets=result.targets, loss_scale=trainer.loss_scale())
+        state = state.after(rows=config.batch_rows, targets=result.targets)
         meter.count(tokens=result.targets, seconds=result.seconds, waited=batches.wait_seconds)
         if step % config.log.every == 0 or step == last:
             run.log_step(state, result, meter=meter)
@@ -66,10 +68,12 @@ def train(run: Run, state: TrainState, *, model: Decoder, trainer: Trainer, vali
             run.log_evaluation(state, evaluate(trainer.model, validation, runtime=runtime, tokens=config.eval.tokens))
         stopping = runtime.any(stop.requested)
         if step % config.checkpoint.every == 0 or step == last or stopping:
+            state = state.model_copy(update={"loss_scale": trainer.loss_scale()})
             run.save(state, model=model, optimizer=trainer.optimizer)
         if stopping and step < last:
-            raise StoppedEarly(f"stopped after step {step}; to go on, run: {' '.join(sys.argv)}")
-    batches.close()
+            run.close()
+            again = shlex.join(["python", *sys.argv])
+            raise StoppedEarly(f"stopped after step {step}; the same command goes on: {again}")
     runtime.say(f"done: {state.step} steps, {state.tokens:,} tokens; next: python sample.py {config.run_dir}")
 
 
@@ -93,13 +97,18 @@ def make_meter(config: Config, model: Decoder, runtime: Runtime) -> Meter:
     return Meter(flops_per_token=flops, peak_flops=None if peak is None else peak * runtime.world_size)
 
 
-def announce(config: Config, model: Decoder, loader: Loader, runtime: Runtime) -> None:
+def announce(
+    config: Config, state: TrainState, model: Decoder, loader: Loader, validation: Loader | None, runtime: Runtime
+) -> None:
     """Say what is about to happen: sizes, the batch as an equation, epochs, the learning rate's course."""
     rows, context, last = config.batch_rows, config.model.context_length, config.total_steps
     accumulation = loader.accumulation(rows)
-    micro = -(-rows // (runtime.world_size * accumulation))
+    low, uneven = divmod(rows, runtime.world_size * accumulation)
+    micro = f"{low} to {low + 1}" if uneven else str(low)
     epochs, all_tokens = last * rows / loader.windows.full_rows, last * config.train.batch_tokens
-    rates = ", ".join(f"{learning_rate(s, config):.2e} at {s}" for s in sorted({1, config.warmup or 1, last}))
+    rates = ", ".join(
+        f"{learning_rate(s, config):.2e} at {s}" for s in sorted({state.step + 1, config.warmup or 1, last})
+    )
     runtime.say(
         f"{count_parameters(model):,} parameters; {runtime.describe()}\n"
         f"batch: {runtime.world_size} ranks x {accumulation} accumulated x {micro} sequences x {context} tokens "
@@ -107,6 +116,8 @@ def announce(config: Config, model: Decoder, loader: Loader, runtime: Runtime) -
         f"{last:,} steps = {all_tokens:,} tokens = {epochs:.2f} epochs of {loader.windows.targets:,} tokens; "
         f"learning rate {rates}"
     )
+    if validation is None:
+        runtime.say(f"note: {config.data.path} has no validation split, nothing will be evaluated")
 
 
 if __name__ == "__main__":

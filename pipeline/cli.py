@@ -17,10 +17,10 @@ import tyro
 import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model
 
-from pipeline.config import Config
+from pipeline.config import FIELDS_ONLY, Config, Section
 from pipeline.errors import UserError, nearest
 
-_YAML_WORDS = {"true": "True", "false": "False", "null": "None", "none": "None"}
+_YAML_WORDS = {"true": "True", "false": "False", "null": "None"}
 
 
 def load_config(arguments: Sequence[str], *, program: str = "pretrain.py") -> Config:
@@ -34,7 +34,7 @@ def load_config(arguments: Sequence[str], *, program: str = "pretrain.py") -> Co
     values = read_yaml(path) if path else {}
     if path:
         values.setdefault("run_dir", f"runs/{path.stem}")
-        _refuse(_faults(values, fields_only=True), origin=str(path))
+        _refuse(_field_faults(values), origin=str(path))  # contradictions may be mended by flags
     twin = _unchecked_twin(Config)
     usage = f"{program} configs/NAME.yaml [--section.key VALUE ...]"
     merged = tyro.cli(
@@ -56,7 +56,7 @@ def config_from_values(values: dict[str, Any], *, origin: str) -> Config:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Parse a YAML mapping; a missing, unreadable or malformed file is a `UserError`."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
     except FileNotFoundError:
         folder = path.parent
         names = sorted(str(p) for p in folder.glob("*.yaml")) if folder.is_dir() else []
@@ -72,8 +72,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """YAML as it is, but a key given twice is an error and not the last one's silent victory."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuse a mapping with a repeated key."""
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        repeated = next((key for place, key in enumerate(keys) if key in keys[:place]), None)
+        if repeated is not None:
+            raise yaml.YAMLError(f"key {repeated!r} is given twice, near line {node.start_mark.line + 1}")
+        return super().construct_mapping(node, deep=deep)
+
+
 def _check(values: dict[str, Any], *, origin: str) -> Config:
-    _refuse(_faults(values), origin=origin)
+    _refuse(_field_faults(values), origin=origin)
+    _refuse(_contradictions(values), origin=origin)
     return Config.model_validate(values)
 
 
@@ -83,25 +96,30 @@ def _refuse(faults: list[str], *, origin: str) -> None:
         raise UserError(f"{count} in {origin}:\n" + "\n".join(f"  {line}" for line in faults))
 
 
-def _faults(values: dict[str, Any], *, fields_only: bool = False) -> list[str]:
-    """One line per fault; `fields_only` leaves out contradictions between keys, which flags may mend."""
+def _field_faults(values: dict[str, Any]) -> list[str]:
+    """Unknown keys and values out of range, all of them."""
     try:
-        Config.model_validate(values)
+        Config.model_validate(values, context=FIELDS_ONLY)
     except ValidationError as error:
-        return [line for fault in error.errors() for line in _explain(fault, fields_only=fields_only)]
+        return [_explain(fault) for fault in error.errors()]
     return []
 
 
-def _explain(fault: Any, *, fields_only: bool) -> list[str]:
+def _contradictions(values: dict[str, Any]) -> list[str]:
+    """Keys that contradict each other, within sections and between them, all of them."""
+    config = Config.model_validate(values, context=FIELDS_ONLY)
+    sections = {name: value for name, value in config if isinstance(value, Section)}
+    inside = [f"{name}: {fault}" for name, section in sections.items() for fault in section.faults()]
+    return inside + config.faults()
+
+
+def _explain(fault: Any) -> str:
     """Where, wanted, got, and the nearest known key for an unknown one."""
     location = [str(part) for part in fault["loc"]]
     key = ".".join(location)
-    if fault["type"] == "value_error":
-        messages = str(fault["ctx"]["error"]).splitlines()
-        return [] if fields_only else [f"{key}: {text}" if key else text for text in messages]
     if fault["type"] == "extra_forbidden":
-        return [f"{key}: unknown key{nearest(location[-1], _keys_of(location[:-1]))}"]
-    return [f"{key}: {fault['msg'][0].lower()}{fault['msg'][1:]}, got {fault['input']!r}"]
+        return f"{key}: unknown key{nearest(location[-1], _keys_of(location[:-1]))}"
+    return f"{key}: {fault['msg'][0].lower()}{fault['msg'][1:]}, got {fault['input']!r}"
 
 
 def _keys_of(location: list[str]) -> list[str]:

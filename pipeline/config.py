@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -18,6 +18,10 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Beta = Annotated[float, Field(gt=0, lt=1)]
+
+
+FIELDS_ONLY: dict[str, Any] = {}
+"""Validation context that leaves contradictions out, so that the command line can list them all."""
 
 
 class Section(BaseModel):
@@ -29,11 +33,14 @@ class Section(BaseModel):
         """Contradictions between the keys of this section, each one sentence."""
         return []
 
+    def _changed(self, key: str) -> bool:
+        return bool(getattr(self, key) != type(self).model_fields[key].default)
+
     @model_validator(mode="after")
-    def _no_faults(self) -> Section:
-        faults = self.faults()
+    def _no_faults(self, info: ValidationInfo) -> Self:
+        faults = [] if info.context is FIELDS_ONLY else self.faults()
         if faults:
-            raise ValueError("\n".join(faults))
+            raise ValueError("; ".join(faults))
         return self
 
 
@@ -109,6 +116,10 @@ class ModelConfig(Section):
         """MLP width after defaults."""
         return self.d_ff or 4 * self.d_model
 
+    def embedding_rows(self, n_tokens: int) -> int:
+        """Rows of the token embedding for a tokenizer of `n_tokens`."""
+        return self.vocab_size or -(-n_tokens // 64) * 64
+
     def faults(self) -> list[str]:
         """Sizes that do not divide."""
         found = []
@@ -120,6 +131,8 @@ class ModelConfig(Section):
             found.append(f"rotary positions need an even head width, got d_model / n_heads = {self.head_dim}")
         if self.position == "sinusoidal" and self.d_model % 2:
             found.append(f"sinusoidal positions need an even d_model, got {self.d_model}")
+        if self.position != "rotary" and self._changed("rope_theta"):
+            found.append(f"rope_theta has no effect with position {self.position}")
         return found
 
 
@@ -169,6 +182,12 @@ class OptimConfig(Section):
             found.append("give horizon_steps or horizon_tokens, not both")
         if self.min_lr > self.lr:
             found.append(f"min_lr {self.min_lr:g} is above the peak lr {self.lr:g}")
+        if self.schedule != "wsd" and self._changed("decay_fraction"):
+            found.append(f"decay_fraction has no effect with schedule {self.schedule}")
+        if self.schedule == "constant" and self.min_lr:
+            found.append("min_lr has no effect with schedule constant: set it to 0")
+        if self.schedule in ("constant", "inverse_sqrt") and (self.horizon_steps or self.horizon_tokens):
+            found.append(f"a horizon has no effect with schedule {self.schedule}: set it to null")
         return found
 
 
@@ -182,7 +201,7 @@ class TrainConfig(Section):
     batch_tokens: PositiveInt = 491520
     """Tokens per update over all ranks: a multiple of model.context_length. Accumulation is derived from it."""
     micro_batch: PositiveInt = 8
-    """Sequences per forward pass on one rank: lower it when memory runs out; the result stays the same."""
+    """Sequences per forward pass on one rank: lower it when memory runs out. Without dropout only rounding changes."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Arithmetic of the forward and backward pass. auto: bf16 where the device computes it natively, else fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -195,7 +214,7 @@ class TrainConfig(Section):
     def faults(self) -> list[str]:
         """Exactly one length."""
         if (self.steps is None) == (self.tokens is None):
-            return ["give exactly one of steps and tokens"]
+            return ["give exactly one of steps and tokens, the other is null"]
         return []
 
 
@@ -217,6 +236,12 @@ class CheckpointConfig(Section):
     """Checkpoints at multiples of this step are kept for ever."""
     allow_changes: bool = False
     """Go on with optimizer or training settings other than those of the checkpoint."""
+
+    def faults(self) -> list[str]:
+        """Checkpoints to keep that would never be written."""
+        if self.keep_every is not None and self.keep_every % self.every:
+            return [f"keep_every {self.keep_every} must be a multiple of every {self.every}"]
+        return []
 
 
 class EvalConfig(Section):
@@ -293,6 +318,9 @@ class Config(Section):
             )
         if self.warmup >= self.horizon and self.optim.schedule != "constant":
             found.append(f"warm-up of {self.warmup} steps leaves nothing of the horizon of {self.horizon} steps")
+        stable = self.horizon * (1 - self.optim.decay_fraction)
+        if self.optim.schedule == "wsd" and self.warmup > stable:
+            found.append(f"warm-up of {self.warmup} steps reaches into the decay, which begins after {stable:.0f}")
         at_zero = self.total_steps - self.horizon + 1
         decays = self.optim.schedule in ("cosine", "wsd", "linear") and self.optim.min_lr == 0
         if decays and at_zero > max(1, self.total_steps // 100):

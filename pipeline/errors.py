@@ -44,3 +44,7 @@ def run_command(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # the reader of our output (head, less) went away
         sys.stderr.close()
         raise SystemExit(0) from None
+    except OSError as error:  # a full disk, a folder without permission, a file where a folder was expected
+        where = f" {error.filename}" if error.filename else ""
+        print(f"error: cannot use{where or ' a file'}: {error.strerror or error}", file=sys.stderr)
+        raise SystemExit(EXIT_USER_ERROR) from None

@@ -37,6 +37,7 @@ def state_at(step: int) -> TrainState:
     return TrainState(
         step=step, rows=step * 4, tokens=step * 32, n_tokens=11, data_digest="d", tokenizer_fingerprint="t",
         tokenizer_eos_id=3,
+        precision="torch.float32",
     )  # fmt: skip
 
 
@@ -57,7 +58,7 @@ def trained(config: Config, *, steps: int = 3) -> tuple[Decoder, torch.optim.Opt
 def store(tmp_path: Path) -> CheckpointStore:
     tokenizer = tmp_path / "tokenizer.json"
     tokenizer.write_text("{}")
-    config = config_of(keep=2, keep_every=10)
+    config = config_of(every=5, keep=2, keep_every=10)
     runtime = Runtime.start(config)
     return CheckpointStore(tmp_path / "checkpoints", config, tokenizer_file=tokenizer, runtime=runtime)
 
@@ -127,6 +128,21 @@ def test_damage_to_any_file_is_found_and_named(store: CheckpointStore, name: str
     assert str(newer) in said[0]
     with pytest.raises(UserError, match="is damaged"):
         resolve_checkpoint(newer)
+
+
+def test_retention_never_counts_a_damaged_checkpoint(store: CheckpointStore) -> None:
+    """Two damaged ones are newer than the one that the run goes on from: its next save must not push that out."""
+    model, optimizer = trained(store.config)
+    for step in (8, 12):
+        store.save(state_at(step), model=model, optimizer=optimizer)
+    for damaged in list_checkpoints(store.folder)[1:]:
+        (damaged / "state.json").write_text("{}")
+    chosen = store.newest()
+    assert chosen is not None
+    assert chosen.name == "step-00000008"
+    saved = store.save(state_at(9), model=model, optimizer=optimizer)
+    assert list_checkpoints(store.folder) == [chosen, saved]
+    assert (store.folder / "step-00000012.damaged").is_dir()
 
 
 def test_partial_folders_are_neither_seen_nor_kept(store: CheckpointStore) -> None:

@@ -9,26 +9,26 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FLOORS = {"errors": 0, "seeds": 0, "config": 0, "cli": 0, "data": 1, "model": 1, "train": 2, "generate": 2, "export": 3}
-NO_TORCH = {
-    "corpus",
-    "formats",
-    "tokenizer",
-    "shards",
-    "manifest",
-    "prepare",
-    "request",
-    "unit",
-    "ledger",
-    "finish",
-    "progress",
-    "audit",
+FLOORS = {
+    "errors": 0,
+    "seeds": 0,
+    "config": 0,
+    "cli": 0,
+    "files": 0,
+    "locks": 0,
+    "data": 1,
+    "model": 1,
+    "train": 2,
+    "generate": 2,
+    "export": 3,
 }
+MAY_TORCH = {"loader", "objectives"}  # of the data room
 DOORS = {
     "accelerate": {"train/runtime.py"},
     "datasets": {"data/corpus.py"},
     "tokenizers": {"data/tokenizer.py"},
     "wandb": set(),
+    "tensorboard": set(),
     "matplotlib": {"train/curves.py"},
     "transformers": set(),
     "pickle": set(),
@@ -69,10 +69,10 @@ def faults_of(path: str, source: str) -> list[str]:
         package = name.split(".")[0]
         if package in DOORS and path not in DOORS[package]:
             found.append(f"{path} must not import {package}")
-        if package == "torch" and own == "data" and Path(path).stem in NO_TORCH:
+        if package == "torch" and own == "data" and Path(path).stem not in MAY_TORCH:
             found.append(f"{path} must not import torch")
-    reads = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr in ("environ", "getenv")]
-    if reads and path not in ENVIRONMENT:
+    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    if {"environ", "getenv"} & (attributes | {name.split(".")[-1] for name in names}) and path not in ENVIRONMENT:
         found.append(f"{path} must not read the environment")
     found += [f"{path}:{node.lineno} works at import" for node in tree.body if not _declares(node)]
     return found
@@ -104,6 +104,9 @@ def test_module_keeps_the_rules(path: Path) -> None:
         ("train/step.py", "from accelerate import Accelerator"),
         ("model/hf.py", "import transformers"),
         ("train/step.py", "import os\nX = os.environ['HOME']"),
+        ("train/step.py", "from os import environ"),
+        ("data/plan.py", "import torch"),
+        ("train/step.py", "import tensorboard"),
         ("train/step.py", "import pickle"),
         ("train/step.py", "print('imported')"),
     ],

@@ -136,18 +136,19 @@ def test_sources_name_the_documents_of_a_window(dataset: Path) -> None:
 
 def test_prefetching_gives_the_same_batches_and_passes_errors_on(dataset: Path) -> None:
     one = loader(dataset)
-    ahead = Prefetcher(one, first_row=8, rows=4)
-    batches = [batch for batch, _ in zip(ahead, range(3), strict=False)]
-    ahead.close()
+    with Prefetcher(one, first_row=8, rows=4) as ahead:
+        batches = [batch for batch, _ in zip(ahead, range(3), strict=False)]
     assert [labels_of(b) for b in batches] == [labels_of(one.batch(8 + 4 * i, 4)) for i in range(3)]
 
     def broken(rows: np.ndarray) -> np.ndarray:
         raise OSError(f"row {rows[0]} cannot be read")
 
-    failing = Prefetcher(Loader(one.windows, settings(), order=broken, rank=0, world_size=1), first_row=0, rows=4)
-    with pytest.raises(OSError, match="row 0 cannot be read"):
-        next(iter(failing))
-    failing.close()
+    failing = Loader(one.windows, settings(), order=broken, rank=0, world_size=1)
+    with (
+        Prefetcher(failing, first_row=0, rows=4) as ahead,
+        pytest.raises(OSError, match="row 0 cannot be read"),
+    ):
+        next(iter(ahead))
 
 
 def test_too_little_text_is_refused(dataset: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.train.curves import draw_curves
 from pipeline.train.metrics import PEAK_TFLOPS, ConsoleLine, Meter, Record, device_peak_flops, read_record
-from pipeline.train.runtime import Runtime, Trackers
+from pipeline.train.runtime import Runtime, SteadyConsole, Trackers
 from tests.support import run_pretrain, tiny_settings, write_config
 
 
@@ -50,19 +51,27 @@ def test_peak_is_known_or_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert device_peak_flops(cpu, torch.bfloat16, override_tflops=None) is None
     assert device_peak_flops(cpu, torch.bfloat16, override_tflops=0.35) == 0.35e12
+    expected = {
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA A100-SXM4-40GB": 312e12,
+        "NVIDIA L40S": 362e12,
+        "NVIDIA L4": 121e12,
+        "NVIDIA H200": 989e12,
+        # names that only resemble those of the table
+        "NVIDIA A10G": None,
+        "NVIDIA L40": None,
+        "NVIDIA RTX A1000": None,
+        "NVIDIA RTX A4000": None,
+        "NVIDIA GeForce RTX 4090 Laptop GPU": None,
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb": None,
+    }
     found = {}
-    for name in (
-        "NVIDIA H100 80GB HBM3",
-        "NVIDIA H100 PCIe",
-        "NVIDIA A100-SXM4-40GB",
-        "NVIDIA L40S",
-        "NVIDIA L4",
-        "Odd",
-    ):
+    for name in expected:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         found[name] = device_peak_flops(cuda, torch.bfloat16, override_tflops=None)
         assert device_peak_flops(cuda, torch.float32, override_tflops=None) is None
-    assert list(found.values()) == [989e12, 756e12, 312e12, 362e12, 121e12, None]
+    assert found == expected
 
 
 def test_no_entry_of_the_peak_table_hides_a_later_one() -> None:
@@ -73,7 +82,7 @@ def test_no_entry_of_the_peak_table_hides_a_later_one() -> None:
 
 def test_console_line_shows_what_is_known(capsys: pytest.CaptureFixture[str]) -> None:
     line: dict[str, Any] = {"step": 20, "loss": 2.5, "lr": 1e-3, "grad_norm": 0.5}
-    console = ConsoleLine(total_steps=120)
+    console = ConsoleLine(SteadyConsole(highlight=False, soft_wrap=True), total_steps=120)
     console.show({**line, "tokens_per_second": 12345.6, "step_seconds": 36.0, "data_wait_seconds": 3.6, "mfu": 0.434})
     console.show({"step": 20, "val_loss": 2.25, "val_bits_per_byte": 1.125})
     first, second = capsys.readouterr().out.splitlines()
@@ -107,7 +116,7 @@ def test_trackers_are_fed_and_the_wandb_run_goes_on(
     assert code == 0, printed
     code, printed = run_pretrain(config, *flags)
     assert code == 0, printed
-    assert "trackers are off" not in printed
+    assert "is left out from here on" not in printed
     run_id = json.loads((tmp_path / "run" / "environment.json").read_text())["run_id"]
     offline = sorted((tmp_path / "run" / "wandb").glob("offline-run-*"))
     assert len(offline) == 2
@@ -126,23 +135,87 @@ def test_trackers_are_fed_and_the_wandb_run_goes_on(
     assert all(steps[step] == pytest.approx(recorded[step], rel=1e-6) for step in steps)
 
 
-class BrokenAccelerator:
-    trackers: tuple[object, ...] = ()
+class BrokenTracker:
+    """A tracker that fails where it is told to."""
 
-    def init_trackers(self, *args: object, **kwargs: object) -> None:
-        pass
+    def __init__(self, name: str, *, failing: str) -> None:
+        self.name = name
+        self.failing = failing
+        self.logged: list[int] = []
 
     def log(self, values: dict[str, float], step: int) -> None:
-        raise RuntimeError("run is finished")
+        self._maybe_fail("log")
+        self.logged.append(step)
+
+    def finish(self) -> None:
+        self._maybe_fail("finish")
+
+    def _maybe_fail(self, place: str) -> None:
+        if self.failing == place:
+            raise RuntimeError(f"{place} failed")
 
 
-def test_a_failing_tracker_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = Config.model_validate({"run_dir": str(tmp_path), "log": {"trackers": ["wandb"]}})
-    accelerator: Any = BrokenAccelerator()
-    runtime = Runtime(accelerator, torch.device("cpu"), rank=0, world_size=1, precision=torch.float32)
+class FakeAccelerator:
+    logging_dir = "."
+
+    def __init__(self, **failing: str) -> None:
+        self.failing = failing
+        self.made: dict[str, BrokenTracker] = {}
+        self.log_with: list[Any] = []
+        self.trackers: list[BrokenTracker] = []
+
+    def init_trackers(self, *args: object, **kwargs: object) -> None:
+        for name in self.log_with:
+            if self.failing[str(name)] == "init":
+                raise RuntimeError("init failed")
+            self.made[str(name)] = BrokenTracker(str(name), failing=self.failing[str(name)])
+            self.trackers.append(self.made[str(name)])
+
+
+@pytest.mark.parametrize("failing", ["init", "log", "finish"])
+def test_a_failing_tracker_is_said_once_and_the_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], failing: str
+) -> None:
+    config = Config.model_validate({"run_dir": str(tmp_path), "log": {"trackers": ["wandb", "tensorboard"]}})
+    accelerator: Any = FakeAccelerator(wandb=failing, tensorboard="never")
+    console = SteadyConsole(highlight=False, soft_wrap=True)
+    runtime = Runtime(accelerator, torch.device("cpu"), rank=0, world_size=1, precision=torch.float32, console=console)
     trackers = Trackers(runtime, config, run_id="x", settings={})
     trackers.log({"loss": 1.0}, step=1)
     trackers.log({"loss": 1.0}, step=2)
-    printed = capsys.readouterr().out
-    assert printed.count("trackers are off from here on") == 1
-    assert "log.trackers names wandb, which is not installed" in printed
+    trackers.finish()
+    assert (
+        capsys.readouterr().out.count(f"wandb is left out from here on, metrics.jsonl goes on: {failing} failed") == 1
+    )
+    assert accelerator.made["tensorboard"].logged == [1, 2]
+
+
+def test_a_tracker_that_is_not_installed_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.train.runtime.filter_trackers", lambda names, folder: [])
+    config = Config.model_validate({"run_dir": str(tmp_path), "log": {"trackers": ["tensorboard"]}})
+    accelerator: Any = FakeAccelerator()
+    console = SteadyConsole(highlight=False, soft_wrap=True)
+    runtime = Runtime(accelerator, torch.device("cpu"), rank=0, world_size=1, precision=torch.float32, console=console)
+    Trackers(runtime, config, run_id="x", settings={}).log({"loss": 1.0}, step=1)
+    assert "tensorboard is left out from here on, metrics.jsonl goes on: it is not installed" in capsys.readouterr().out
+
+
+def test_a_record_without_its_checkpoints_is_set_aside(tmp_path: Path) -> None:
+    record = Record(tmp_path / "metrics.jsonl")
+    for number in (1, 2):
+        record.write({"step": number})
+        assert record.set_aside().name == f"metrics.{number}.jsonl"
+    assert not record.path.exists()
+
+
+def test_training_outlives_the_reader_of_its_console(capfd: pytest.CaptureFixture[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as nobody, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdout", nobody)
+        console = SteadyConsole(highlight=False, soft_wrap=True)
+        for _ in range(3):
+            console.print("a line that nobody reads")
+        assert console.quiet

@@ -12,7 +12,8 @@ from pipeline.train.optim import build_optimizer, learning_rate
 
 
 def config(schedule: str, **optim: Any) -> Config:
-    settings = {"lr": 1.0, "min_lr": 0.1, "schedule": schedule, "warmup_steps": 10, **optim}
+    min_lr = 0.0 if schedule == "constant" else 0.1
+    settings = {"lr": 1.0, "min_lr": min_lr, "schedule": schedule, "warmup_steps": 10, **optim}
     return Config.model_validate({"optim": settings, "train": {"steps": 110}})
 
 

@@ -23,12 +23,12 @@ from tokenizers import Tokenizer
 
 from pipeline.data.audit import verify
 from pipeline.data.formats import TextRules
-from pipeline.data.ledger import locked
 from pipeline.data.manifest import Manifest, SplitName
 from pipeline.data.prepare import prepare, training_sample
 from pipeline.data.request import Request
 from pipeline.data.shards import open_dataset
 from pipeline.errors import StoppedEarly, UserError
+from pipeline.locks import locked
 from pipeline.seeds import named_seed
 
 TEXTS = [f"Document {i}: {'words and ' * (i % 13)}é日本 <|endoftext|> {i * i}\n" for i in range(240)]
@@ -320,7 +320,10 @@ def test_too_many_bad_records_stop_and_can_be_allowed(corpus: Path) -> None:
 def test_a_second_process_is_told_who_holds_the_folder(corpus: Path) -> None:
     output = corpus.parent / "out"
     output.mkdir()
-    with locked(output), pytest.raises(UserError, match=f"is being written by process {os.getpid()} on .* since 20"):
+    with (
+        locked(output, ask_of_other_hosts=True),
+        pytest.raises(UserError, match=f"is being written by process {os.getpid()} on .* since 20"),
+    ):
         run(request(corpus))
     run(request(corpus))
 

@@ -16,20 +16,12 @@ import orjson
 from pipeline.data.corpus import Corpus
 from pipeline.data.formats import Rejected
 from pipeline.data.ledger import LEDGER_NAME
-from pipeline.data.manifest import (
-    FORMAT_VERSION,
-    SPLITS,
-    TOKENIZER_NAME,
-    Manifest,
-    ShardInfo,
-    SplitName,
-    data_digest,
-    write_durably,
-)
+from pipeline.data.manifest import FORMAT_VERSION, SPLITS, TOKENIZER_NAME, Manifest, ShardInfo, SplitName, data_digest
 from pipeline.data.request import input_infos
 from pipeline.data.shards import token_dtype
 from pipeline.data.unit import UnitReport, UnitSettings
 from pipeline.errors import UserError
+from pipeline.files import write_durably
 
 QUARANTINE_NAME = "quarantine.jsonl"
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,17 +76,22 @@ class Windows:
         self.full_rows = self.targets // context_length
         self.all_rows = -(-self.targets // context_length)
 
-    def read(self, rows: Indices) -> tuple[Indices, Indices]:
-        """Tokens and document numbers, each (len(rows), T + 1); -100 beyond the end of the data."""
+    def tokens(self, rows: Indices) -> Indices:
+        """Token ids (len(rows), T + 1); -100 beyond the end of the data."""
+        return self._gather(rows, self.split.tokens)
+
+    def documents(self, rows: Indices) -> Indices:
+        """The number of the document of each of those tokens."""
+        return self._gather(rows, self.split.document_of)
+
+    def _gather(self, rows: Indices, read: Callable[[int, int], NDArray[Any]]) -> Indices:
         width = self.context_length + 1
-        tokens = np.full((len(rows), width), IGNORED, dtype=np.int64)
-        documents = np.full((len(rows), width), -1, dtype=np.int64)
+        gathered = np.full((len(rows), width), IGNORED, dtype=np.int64)
         for place, row in enumerate(rows.tolist()):
             start = row * self.context_length
             stop = min(start + width, self.split.n_tokens)
-            tokens[place, : stop - start] = self.split.tokens(start, stop)
-            documents[place, : stop - start] = self.split.document_of(start, stop)
-        return tokens, documents
+            gathered[place, : stop - start] = read(start, stop)
+        return gathered
 
 
 @dataclass(frozen=True)
@@ -139,15 +145,18 @@ class Loader:
         return RankBatch(first_row=first_row, micro_batches=micro_batches, windows=sources)
 
     def _assemble(self, windows: Indices) -> Batch:
-        filler = len(windows) == 0
-        tokens, documents = self.windows.read(np.zeros(1, dtype=np.int64) if filler else windows)
-        if filler:
+        rows = windows if len(windows) else np.zeros(1, dtype=np.int64)
+        tokens = self.windows.tokens(rows)
+        if not len(windows):
             tokens[:, 1:] = IGNORED
-        return make_batch(tokens, documents, objective=self.config.objective, data=self.config.data)
+        data = self.config.data
+        asked = data.document_mask or not data.cross_document_targets  # finding documents costs as much as reading
+        documents = self.windows.documents(rows) if asked else None
+        return make_batch(tokens, documents, objective=self.config.objective, data=data)
 
     def sources(self, windows: Indices) -> list[str]:
         """The documents that these windows touch, as "source, row N"; to name what a step trained on."""
-        found = np.unique(self.windows.read(windows)[1])
+        found = np.unique(self.windows.documents(windows))
         described = (self.windows.split.describe(document) for document in found[found >= 0].tolist())
         return [f"{info.source}, row {info.row}" for info in described]
 
@@ -207,6 +216,10 @@ class Prefetcher:
             self.wait_seconds = perf_counter() - began
             yield batch
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        """Begin; the thread ends with the block."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
         """Stop reading ahead."""
         self._thread.shutdown(wait=True, cancel_futures=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.errors import UserError, nearest
+from pipeline.files import fsync_folder, write_durably
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -132,26 +132,3 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the mark of completeness, durably and all at once."""
     write_durably(folder / MANIFEST_NAME, json.dumps(manifest.model_dump(), indent=1).encode() + b"\n")
     fsync_folder(folder)
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` in one step that survives a power cut once the folder is synced too."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -37,9 +37,12 @@ class Batch:
 
 
 def make_batch(
-    windows: NDArray[np.int64], documents: NDArray[np.int64], *, objective: ObjectiveConfig, data: DataConfig
+    windows: NDArray[np.int64], documents: NDArray[np.int64] | None, *, objective: ObjectiveConfig, data: DataConfig
 ) -> Batch:
-    """Windows and the document number of each of their tokens, both (B, T + 1), to what `objective` teaches."""
+    """Windows and the document number of each of their tokens, both (B, T + 1), to what `objective` teaches.
+
+    Without `documents` neither a mask nor labels at document boundaries can be asked for.
+    """
     kinds = {"causal": causal}
     return kinds[objective.kind](
         windows,
@@ -51,7 +54,7 @@ def make_batch(
 
 def causal(
     windows: NDArray[np.int64],
-    documents: NDArray[np.int64],
+    documents: NDArray[np.int64] | None,
     *,
     document_mask: bool,
     cross_document_targets: bool,
@@ -63,9 +66,13 @@ def causal(
     """
     tokens = np.maximum(windows[:, :-1], 0)  # padding becomes token 0, whose label is ignored
     labels = windows[:, 1:].copy()
+    inputs = {"tokens": torch.from_numpy(tokens)}
+    if documents is None:
+        assert cross_document_targets, "targets at document boundaries are to be left out but not known"
+        assert not document_mask, "attention is to stay within documents that are not known"
+        return Batch(inputs=inputs, labels=torch.from_numpy(labels))
     if not cross_document_targets:
         labels[documents[:, 1:] != documents[:, :-1]] = IGNORED
-    inputs = {"tokens": torch.from_numpy(tokens)}
     if document_mask:
         inputs["documents"] = torch.from_numpy(documents[:, :-1].copy())
     return Batch(inputs=inputs, labels=torch.from_numpy(labels))

@@ -29,14 +29,16 @@ from rich.console import Console
 from pipeline.data.corpus import Corpus, check_text_key, find_corpus, read_texts, read_unit
 from pipeline.data.finish import manifest_of, no_documents, refuse_bad, refuse_empty_split, write_quarantine
 from pipeline.data.formats import Rejected
-from pipeline.data.ledger import Ledger, LedgerHeader, locked
-from pipeline.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, digest_of, fsync_folder, write_manifest
+from pipeline.data.ledger import Ledger, LedgerHeader
+from pipeline.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, digest_of, write_manifest
 from pipeline.data.plan import Unit, plan_units
 from pipeline.data.progress import UnitProgress
 from pipeline.data.request import Request, complete_manifest, refuse_foreign, sizes_agree
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer, needs_corpus
 from pipeline.data.unit import SplitRule, UnitReport, UnitSettings, prepare_unit
 from pipeline.errors import StoppedEarly, UserError
+from pipeline.files import fsync_folder
+from pipeline.locks import locked
 
 FEW_DOCUMENTS = 100
 """Below this, holding out whole documents by hash would leave the size of the validation split to chance."""
@@ -56,7 +58,7 @@ def prepare(request: Request, *, console: Console) -> Manifest:
     identity = request.identity(corpus)
     with _disk_errors(request.output), ExitStack() as stack:
         request.output.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(locked(request.output))
+        stack.enter_context(locked(request.output, ask_of_other_hosts=True))
         refuse_foreign(request.output, identity)
         complete = complete_manifest(request.output, corpus)
         if complete:

@@ -13,9 +13,10 @@ import xxhash
 
 from pipeline.data.corpus import Corpus
 from pipeline.data.formats import TextRules
-from pipeline.data.ledger import LEDGER_NAME, LOCK_NAME, Ledger
+from pipeline.data.ledger import LEDGER_NAME, Ledger
 from pipeline.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, InputInfo, Manifest, digest_of, read_manifest
 from pipeline.errors import UserError
+from pipeline.locks import LOCK_NAME
 
 
 @dataclass(frozen=True)

@@ -24,17 +24,9 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from pipeline.data.manifest import (
-    TOKENIZER_NAME,
-    FileInfo,
-    Manifest,
-    ShardInfo,
-    SplitName,
-    fsync_folder,
-    read_manifest,
-    write_durably,
-)
+from pipeline.data.manifest import TOKENIZER_NAME, FileInfo, Manifest, ShardInfo, SplitName, read_manifest
 from pipeline.errors import UserError
+from pipeline.files import fsync_folder, write_durably
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, length of the document index

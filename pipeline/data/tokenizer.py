@@ -20,8 +20,9 @@ import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.decoders import DecodeStream
 
-from pipeline.data.manifest import TOKENIZER_NAME, canonical_json, write_durably
+from pipeline.data.manifest import TOKENIZER_NAME, canonical_json
 from pipeline.errors import UserError, nearest
+from pipeline.files import write_durably
 
 EOS = "<|endoftext|>"
 COMMON_EOS = (EOS, "</s>", "<eos>", "<|end_of_text|>", "<|eot_id|>", "<｜end▁of▁sentence｜>", "<EOS>", "[EOS]", "[SEP]")

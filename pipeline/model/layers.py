@@ -67,7 +67,7 @@ def sinusoid(positions: Tensor, channels: int) -> Tensor:
 class Rotation:
     """Rotary positions (Su et al. 2021, arXiv:2104.09864): turn pair i of a head by t * theta^(-2i/D).
 
-    Pairs are (i, i + D/2), as in Llama checkpoints. `cos` and `sin`: (B, 1, T, D), the 1 stands for heads.
+    Pairs are (i, i + D/2), as in Llama checkpoints. `cos` and `sin`: (B or 1, 1, T, D), the second for heads.
     """
 
     cos: Tensor
@@ -75,7 +75,7 @@ class Rotation:
 
     @staticmethod
     def of(positions: Tensor, *, head_dim: int, theta: float) -> Rotation:
-        """Angles for `positions` (B, T), in float32 whatever the model's precision."""
+        """Angles for `positions` (B or 1, T), in float32 whatever the model's precision."""
         even = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
         angles = positions[..., None].float() * theta ** (-even / head_dim)  # (B, T, D/2)
         angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)  # (B, 1, T, D)
@@ -104,8 +104,8 @@ class KVCache:
     def extend(
         self, layer: int, *, keys: Tensor, values: Tensor, positions: Tensor, visible: int
     ) -> tuple[Tensor, Tensor]:
-        """Store (B, G, T, D) at `positions` (B, T); return the first `visible` = K positions, (B, G, K, D)."""
-        rows = torch.arange(positions.shape[0], device=positions.device)[:, None]  # (B, 1), pairs with (B, T)
+        """Store (B, G, T, D) at `positions` (B or 1, T); return the first `visible` = K positions, (B, G, K, D)."""
+        rows = torch.arange(len(keys), device=keys.device)[:, None]  # (B, 1), pairs with (B or 1, T)
         for store, new in ((self.keys[layer], keys), (self.values[layer], values)):
             store.transpose(1, 2)[rows, positions] = new.transpose(1, 2).to(store.dtype)  # (B, T, G, D)
         return self.keys[layer, :, :, :visible], self.values[layer, :, :, :visible]
@@ -132,7 +132,7 @@ def causal_mask(positions: Tensor, key_positions: Tensor, *, window: int | None,
     allowed = distance >= 0
     if window is not None:
         allowed &= distance < window
-    if documents is not None:  # (B, T); only without a cache, so K = T
+    if documents is not None:  # (B, T); only without a cache, so K = T and the mask is one of each row
         allowed = allowed & (documents[:, :, None] == documents[:, None, :])
     return allowed.unsqueeze(1)
 

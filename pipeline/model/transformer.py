@@ -117,7 +117,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.n_tokens = n_tokens
-        rows = config.vocab_size or -(-n_tokens // 64) * 64
+        rows = config.embedding_rows(n_tokens)
         self.embedding = Embedding(config, rows=rows)
         self.stack = Stack(config)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, rows, bias=False)
@@ -136,13 +136,13 @@ class Decoder(nn.Module):
         """Logits (B, T, V), or the summed loss in nats () when `labels` (B, T) are given.
 
         tokens: (B, T) ids. labels: next ids, -100 where there is nothing to predict. documents: (B, T) numbers;
-        attention stays within equal ones. positions: (B, T), default 0..T-1. With a cache, keys at positions
+        attention stays within equal ones. positions: (B or 1, T), default 0..T-1. With a cache, keys at positions
         0..visible-1 are looked at; default T. last: (B,) one index into T per row, the only position whose logits
         are wanted, which are then (B, 1, V): the head costs as much as several blocks.
         """
         rows, time = tokens.shape
         if positions is None:
-            positions = torch.arange(time, device=tokens.device).expand(rows, time)
+            positions = torch.arange(time, device=tokens.device)[None]  # (1, T), the same for all rows
         x = self.embedding(tokens, positions)  # (B, T, C)
         x = self.stack(x, positions=positions, documents=documents, cache=cache, visible=visible or time)
         if last is not None:

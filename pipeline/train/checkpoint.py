@@ -20,6 +20,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from pipeline.cli import config_from_values, read_yaml
 from pipeline.config import Config, resolved
 from pipeline.errors import UserError, nearest
+from pipeline.files import fsync_folder
 from pipeline.model.transformer import Decoder, build_model
 from pipeline.train.runtime import Runtime
 
@@ -56,12 +58,13 @@ class TrainState(BaseModel):
     data_digest: str
     tokenizer_fingerprint: str
     tokenizer_eos_id: int
+    precision: str
     loss_scale: dict[str, float | int] = {}
 
-    def after(self, *, rows: int, targets: int, loss_scale: dict[str, float | int]) -> TrainState:
+    def after(self, *, rows: int, targets: int) -> TrainState:
         """The state one update later."""
         changed = {"step": self.step + 1, "rows": self.rows + rows, "tokens": self.tokens + targets}
-        return self.model_copy(update={**changed, "loss_scale": loss_scale})
+        return self.model_copy(update=changed)
 
 
 class CheckpointStore:
@@ -78,6 +81,20 @@ class CheckpointStore:
         if self.runtime.is_main and self.folder.is_dir():
             for leftover in sorted(self.folder.glob(".step-*.partial")) + sorted(self.folder.glob(".step-*.removed")):
                 shutil.rmtree(leftover)
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint that verifies, on every rank; see `newest_intact`.
+
+        Damaged ones are set aside as `step-N.damaged`, where retention does not count them.
+        """
+        chosen = newest_intact(self.folder, warn=self.runtime.say)
+        self.runtime.barrier()  # every rank has looked before anything is renamed
+        if chosen is not None and self.runtime.is_main:
+            for damaged in list_checkpoints(self.folder):
+                if step_of(damaged) > step_of(chosen):
+                    names = (damaged.with_name(f"{damaged.name}.damaged{number or ''}") for number in count())
+                    damaged.rename(next(name for name in names if not name.exists()))
+        return chosen
 
     def save(self, state: TrainState, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> Path:
         """Write, verify, rename, then apply retention. Errors: a full disk, weights that are not finite.
@@ -98,6 +115,8 @@ class CheckpointStore:
         except (OSError, CheckpointException) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise UserError(self._explain(error, final)) from error
+        if self.runtime.is_main:
+            self._retain()
         self.runtime.barrier()
         return final
 
@@ -124,22 +143,18 @@ class CheckpointStore:
         manifest.write_text(json.dumps({"format": FORMAT, "files": files}, indent=2) + "\n", encoding="utf-8")
         _fingerprint(manifest, sync=True)
         for folder in (partial / "model", partial / "optimizer", partial):
-            _sync_folder(folder)
+            fsync_folder(folder)
         faults = verify(partial)
         if faults:
             raise OSError(errno.EIO, "what was written does not read back: " + "; ".join(faults))
-        if final.exists():  # a damaged one that was passed over on resuming
-            shutil.rmtree(final.with_name(final.name + ".damaged"), ignore_errors=True)
-            final.rename(final.with_name(final.name + ".damaged"))
         partial.rename(final)
-        _sync_folder(self.folder)
-        self._retain()
+        fsync_folder(self.folder)
 
     def _retain(self) -> None:
         """Keep the newest `keep` and, for ever, multiples of `keep_every`."""
-        wanted = self.config.checkpoint
-        for old in list_checkpoints(self.folder)[: -wanted.keep]:
-            if wanted.keep_every is None or step_of(old) % wanted.keep_every:
+        milestone = self.config.checkpoint.keep_every
+        for old in list_checkpoints(self.folder)[: -self.config.checkpoint.keep]:
+            if milestone is None or step_of(old) % milestone:
                 removed = old.with_name(f".{old.name}.removed")  # renamed first: no half-deleted final name
                 old.rename(removed)
                 shutil.rmtree(removed)
@@ -305,12 +320,3 @@ def _fingerprint(path: Path, *, sync: bool = False) -> dict[str, int | str]:
         if sync:
             os.fsync(file.fileno())
     return {"bytes": path.stat().st_size, "xxh3_128": digest.hexdigest()}
-
-
-def _sync_folder(folder: Path) -> None:
-    """Force a folder's names to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

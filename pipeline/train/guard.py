@@ -6,9 +6,9 @@ flag that the loop asks for between steps, so that a stopped run has saved its l
 
 from __future__ import annotations
 
-import math
 import signal
 from types import FrameType
+from typing import NoReturn
 
 import numpy as np
 from torch import Tensor
@@ -19,16 +19,14 @@ from pipeline.errors import UserError
 SHOWN = 8  # documents named in a message
 
 
-def stop_if_not_finite(
+def refuse_update(
     loss: float, grad_norm: float, losses: Tensor, *, batch: RankBatch, step: int, loader: Loader
-) -> None:
-    """Raise before an update that would poison the weights, naming what it would have learned from.
+) -> NoReturn:
+    """Raise instead of an update that would poison the weights, naming what it would have learned from.
 
-    losses: summed nats (M,) of this rank's micro-batches. Those that are not finite are named alone; when only
-    the gradient is not finite, all of them are.
+    losses: summed nats (M,) of this rank's micro-batches. Those that are not finite are named alone; when all are
+    finite, the gradient is not, or another rank's loss, and all of them are.
     """
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        return
     bad = [number for number, finite in enumerate(losses.isfinite().tolist()) if not finite]
     windows = np.concatenate([batch.windows[number] for number in bad or range(len(batch.windows))])
     documents = loader.sources(windows)

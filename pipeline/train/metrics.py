@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,15 @@ import torch
 from rich.console import Console
 
 from pipeline.errors import UserError
+from pipeline.files import write_durably
 
 # Dense bf16 (fp16) peak in TFLOP/s, from the vendors' data sheets; sparsity figures are twice these.
-# The first name found in the device's name counts, so longer names stand before their prefixes.
+# A name counts where it stands as whole words; laptop chips and slices of a GPU (MIG) have other figures.
 PEAK_TFLOPS = (
     ("GB200", 2500.0),
     ("B200", 2250.0),
     ("H200", 989.0),
-    ("H100 PCIe", 756.0),
+    ("H100 PCIe", 756.0),  # before the plain H100, which its name holds too
     ("H100 NVL", 835.0),
     ("H100", 989.0),
     ("H800", 989.0),
@@ -37,7 +40,7 @@ PEAK_TFLOPS = (
     ("RTX 4090", 165.2),
     ("RTX 3090", 71.0),
     ("MI300X", 1307.0),
-    ("MI250X", 383.0),
+    ("MI250X", 191.5),  # one of its two dies, which PyTorch sees as two devices
 )
 
 
@@ -48,7 +51,9 @@ def device_peak_flops(device: torch.device, precision: torch.dtype, *, override_
     if device.type != "cuda" or precision == torch.float32:
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak * 1e12 for part, peak in PEAK_TFLOPS if part in name), None)
+    if re.search(r"\b(Laptop|MIG)\b", name):
+        return None
+    return next((peak * 1e12 for part, peak in PEAK_TFLOPS if re.search(rf"\b{part}\b", name)), None)
 
 
 @dataclass
@@ -99,16 +104,23 @@ class Record:
         """Drop the lines of later steps, and a line that a kill tore."""
         if self.path.exists():
             kept = "".join(json.dumps(line) + "\n" for line in read_record(self.path) if line["step"] <= step)
-            temporary = self.path.with_suffix(".partial")
-            temporary.write_text(kept, encoding="utf-8")
-            temporary.replace(self.path)
+            write_durably(self.path, kept.encode())
+
+    def set_aside(self) -> Path:
+        """Rename the record of a run whose checkpoints are gone, so that a new start does not erase it."""
+        number = next(n for n in count(1) if not self.path.with_name(f"metrics.{n}.jsonl").exists())
+        return self.path.rename(self.path.with_name(f"metrics.{number}.jsonl"))
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one object and force it to disk: the checkpoint that follows must not outlive its record."""
+        """Append one object."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+
+    def sync(self) -> None:
+        """Force the record to disk: before a checkpoint, which must not outlive its lines."""
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def read_record(path: Path) -> list[dict[str, Any]]:
@@ -127,8 +139,8 @@ def read_record(path: Path) -> list[dict[str, Any]]:
 class ConsoleLine:
     """One line per logged step, for people."""
 
-    def __init__(self, *, total_steps: int) -> None:
-        self.console = Console(highlight=False, soft_wrap=True)
+    def __init__(self, console: Console, *, total_steps: int) -> None:
+        self.console = console
         self.total_steps = total_steps
 
     def show(self, line: dict[str, Any]) -> None:

@@ -19,7 +19,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     parameters = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in parameters if p.dim() >= 2]
     vectors = [p for p in parameters if p.dim() < 2]
-    assert len(matrices) + len(vectors) == len(parameters), "each parameter belongs to exactly one group"
+    grouped = {id(p) for p in (*matrices, *vectors)}
+    assert grouped == {id(p) for p in model.parameters()}, "every parameter is trained, in exactly one group"
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},

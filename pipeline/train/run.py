@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -20,18 +21,19 @@ import yaml
 from pipeline.config import Config, resolved
 from pipeline.data.shards import Dataset
 from pipeline.errors import UserError
+from pipeline.files import write_durably
+from pipeline.locks import locked
 from pipeline.model.transformer import Decoder
-from pipeline.train.checkpoint import CheckpointStore, TrainState, newest_intact, read_config, read_state, restore
+from pipeline.train.checkpoint import CheckpointStore, TrainState, read_config, read_state, restore
 from pipeline.train.curves import draw_curves
 from pipeline.train.metrics import ConsoleLine, Meter, Record, read_record
-from pipeline.train.optim import learning_rate
 from pipeline.train.runtime import Runtime, Trackers, environment
 from pipeline.train.step import Evaluation, StepResult
 
 # Sections whose change makes it another run; what may change freely is the rest of the run's surroundings.
 FIXED = ("seed", "data", "model", "objective")
 FREE = ("run_dir", "parallel", "checkpoint", "eval", "log")
-FREE_KEYS = ("train.steps", "train.tokens", "train.micro_batch", "train.device", "train.compile")
+FREE_KEYS = ("train.steps", "train.tokens", "train.device", "train.precision", "train.compile")
 
 DRAW_SECONDS = 60.0  # curves.png is drawn with a checkpoint at most this often: a picture costs a third of a second
 
@@ -47,7 +49,8 @@ class Run:
         tokenizer = dataset.tokenizer_path
         self.store = CheckpointStore(self.folder / "checkpoints", config, tokenizer_file=tokenizer, runtime=runtime)
         self.record = Record(self.folder / "metrics.jsonl")
-        self.console = ConsoleLine(total_steps=config.total_steps)
+        self.console = ConsoleLine(runtime.console, total_steps=config.total_steps)
+        self._held = ExitStack()
         self._drawn = time.perf_counter()
 
     def resume(self, model: Decoder, optimizer: torch.optim.Optimizer) -> TrainState:
@@ -56,9 +59,12 @@ class Run:
         Errors: data, tokenizer, model or seed differ from the checkpoint's; other training settings differ and
         `checkpoint.allow_changes` is not set.
         """
+        if self.runtime.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._held.enter_context(locked(self.folder, ask_of_other_hosts=False))
         self.store.clean()
         self.runtime.barrier()
-        newest = newest_intact(self.store.folder, warn=self.runtime.say)
+        newest = self.store.newest()
         if newest is None:
             state = self._first_state(model)
         else:
@@ -79,6 +85,7 @@ class Run:
             data_digest=self.dataset.data_digest,
             tokenizer_fingerprint=self.dataset.tokenizer_fingerprint,
             tokenizer_eos_id=self.dataset.eos_id,
+            precision=str(self.runtime.precision),
         )
 
     def _refuse_another_run(self, checkpoint: Path) -> None:
@@ -91,7 +98,10 @@ class Run:
                     f"the {name} of {self.dataset.path} is not the one that {checkpoint} was trained with: "
                     f"checkpoint {old[:16]}, dataset {new[:16]}; restore the dataset or choose another --run-dir"
                 )
-        changes = changed_settings(read_config(checkpoint), self.config)
+        changes = changed_settings(read_config(checkpoint), self.config, n_tokens=state.n_tokens)
+        precision = str(self.runtime.precision)
+        if state.precision != precision:  # the resolved one: "auto" may mean another on this machine
+            changes["train.precision"] = f"train.precision: {state.precision} -> {precision}"
         another_run = [line for key, line in changes.items() if key.split(".")[0] in FIXED]
         if another_run:
             raise UserError(
@@ -103,26 +113,35 @@ class Run:
                 f"settings differ from those of {checkpoint}; restore them, or go on with the new ones by "
                 "--checkpoint.allow-changes true:\n  " + "\n  ".join(changes.values())
             )
+        lengths = (self.config.train.tokens, self.config.optim.warmup_tokens, self.config.optim.horizon_tokens)
+        if "train.batch_tokens" in changes and any(lengths):
+            raise UserError(
+                f"{changes['train.batch_tokens']}: lengths given in tokens are counted in steps of one batch size; "
+                "give train.steps, optim.warmup_steps and optim.horizon_steps instead"
+            )
         for line in changes.values():
             self.runtime.say(f"changed on resuming: {line}")
 
     def _open(self, state: TrainState) -> None:
         """Write the folder's description and bring the record back to `state`."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         settings = resolved(self.config)
-        _write(self.folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+        write_durably(self.folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False).encode())
         path = self.folder / "environment.json"
         history = _read_environment(path) or {"run_id": uuid4().hex[:12], "starts": []}
         started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         history["starts"].append({"from_step": state.step, "started": started, **environment()})
-        _write(path, json.dumps(history, indent=2) + "\n")
+        write_durably(path, json.dumps(history, indent=2).encode() + b"\n")
+        lines = read_record(self.record.path) if self.record.path.exists() else []
+        if state.step == 0 and any(line["step"] >= self.config.checkpoint.every for line in lines):
+            self.runtime.say(
+                f"warning: the checkpoints of an earlier run are gone; its record is {self.record.set_aside()}"
+            )
         self.record.cut_after(state.step)
         self.trackers = Trackers(self.runtime, self.config, run_id=history["run_id"], settings=settings)
 
     def log_step(self, state: TrainState, result: StepResult, *, meter: Meter) -> None:
         """Record a training step: at `log.every` and at the end."""
-        lr = learning_rate(state.step, self.config)
-        line = {"step": state.step, "tokens": state.tokens, "loss": result.loss, "lr": lr}
+        line = {"step": state.step, "tokens": state.tokens, "loss": result.loss, "lr": result.lr}
         self._log({**line, "grad_norm": result.grad_norm, **meter.take()})
 
     def log_evaluation(self, state: TrainState, evaluation: Evaluation) -> None:
@@ -141,11 +160,19 @@ class Run:
     def save(self, state: TrainState, *, model: Decoder, optimizer: torch.optim.Optimizer) -> None:
         """Write a checkpoint and bring curves.png up to date."""
         began = time.perf_counter()
+        if self.runtime.is_main:
+            self.record.sync()
         path = self.store.save(state, model=model, optimizer=optimizer)
         self.runtime.say(f"saved {path} in {time.perf_counter() - began:.2f} s")
         if self.runtime.is_main and (state.step == self.config.total_steps or began > self._drawn + DRAW_SECONDS):
             self._draw()
             self._drawn = time.perf_counter()
+
+    def close(self) -> None:
+        """Let go of trackers and of the folder."""
+        if self.runtime.is_main:
+            self.trackers.finish()
+        self._held.close()
 
     def _draw(self) -> None:
         try:
@@ -154,27 +181,33 @@ class Run:
             self.runtime.say(f"warning: curves.png was not drawn: {error}")
 
 
-def changed_settings(old: Config, new: Config) -> dict[str, str]:
+def changed_settings(old: Config, new: Config, *, n_tokens: int) -> dict[str, str]:
     """Settings that bear on the result and differ: {key: "key: old -> new"}.
 
-    Lengths are compared in steps, the way the schedule uses them, however they were written.
+    What is compared is what they mean: lengths in steps, sizes with their defaults filled in.
     """
-    before, after = _flat(old), _flat(new)
+    before, after = _meaning(old, n_tokens), _meaning(new, n_tokens)
     changes = {}
     for key in sorted(before):
         free = key.split(".")[0] in FREE or key in FREE_KEYS
+        if key == "train.micro_batch":  # its masks are drawn per micro-batch; without them it changes rounding only
+            free = new.model.dropout == 0
         if before[key] != after[key] and not free:
             changes[key] = f"{key}: {before[key]} -> {after[key]}"
     return changes
 
 
-def _flat(config: Config) -> dict[str, Any]:
+def _meaning(config: Config, n_tokens: int) -> dict[str, Any]:
     flat: dict[str, Any] = {"seed": config.seed}
     for section, keys in resolved(config).items():
         if isinstance(keys, dict):
             flat.update({f"{section}.{key}": value for key, value in keys.items()})
-    lengths = {"optim.warmup_steps": config.warmup, "optim.horizon_steps": config.horizon}
-    flat.update(lengths, **{"optim.warmup_tokens": None, "optim.horizon_tokens": None})
+    shaped = config.optim.schedule not in ("constant", "inverse_sqrt")  # these two know no horizon
+    flat.update({"optim.warmup_steps": config.warmup, "optim.horizon_steps": config.horizon if shaped else None})
+    flat.update({"optim.warmup_tokens": None, "optim.horizon_tokens": None})
+    model = config.model
+    flat.update({"model.n_kv_heads": model.kv_heads, "model.d_ff": model.hidden})
+    flat["model.vocab_size"] = model.embedding_rows(n_tokens)
     flat["data.path"] = None  # a dataset is known by its digest and may be moved
     return flat
 
@@ -186,11 +219,6 @@ def _read_environment(path: Path) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
-    return dict(found)
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a file at once, so that a kill leaves the old or the new one."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    if not isinstance(found, dict) or not {"run_id", "starts"} <= found.keys():
+        raise UserError(f"{path} was not written by pretrain.py: it lacks run_id or starts; move it away")
+    return found

@@ -20,7 +20,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.tracking import GeneralTracker, filter_trackers
+from accelerate.utils import DistributedType, ProjectConfiguration
+from rich.console import Console
 from torch import Tensor
 
 from pipeline.config import Config, TrainConfig
@@ -38,6 +40,7 @@ class Runtime:
     rank: int
     world_size: int
     precision: torch.dtype
+    console: Console
 
     @staticmethod
     def start(config: Config) -> Runtime:
@@ -50,19 +53,27 @@ class Runtime:
         # On a CPU `cpu=True` matters: without it each rank of torchrun would believe to be alone.
         accelerator = Accelerator(
             cpu=device_type == "cpu",
+            mixed_precision="no",  # autocast is ours; what `accelerate launch` exports must not add a second one
             gradient_accumulation_steps=1,
-            log_with=list(config.log.trackers) or None,
             project_config=ProjectConfiguration(project_dir=config.run_dir, logging_dir=config.run_dir),
         )
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if launched != accelerator.num_processes:
             raise UserError(f"launched as one of {launched} ranks but joined a group of {accelerator.num_processes}")
+        if accelerator.distributed_type not in (
+            DistributedType.NO,
+            DistributedType.MULTI_CPU,
+            DistributedType.MULTI_GPU,
+        ):
+            kind = accelerator.distributed_type.value
+            raise UserError(f"accelerate was told to use {kind}; launch without it, parallel.strategy decides here")
         return Runtime(
             accelerator=accelerator,
             device=accelerator.device,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
             precision=_precision(config.train, device_type),
+            console=SteadyConsole(highlight=False, soft_wrap=True),
         )
 
     @property
@@ -84,11 +95,15 @@ class Runtime:
         """Sum over ranks, element by element; `values` itself when alone."""
         return values if self.world_size == 1 else self.accelerator.reduce(values, reduction="sum")
 
+    def sum_of_counts(self, count: int) -> int:
+        """Sum of whole numbers over ranks; alone it needs no device, and waits for none."""
+        if self.world_size == 1:
+            return count
+        return int(self.sum(torch.tensor(count, dtype=torch.float64, device=self.device)).item())
+
     def any(self, flag: bool) -> bool:
         """True on every rank when it is on one."""
-        if self.world_size == 1:
-            return flag
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item() > 0)
+        return self.sum_of_counts(int(flag)) > 0
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -96,14 +111,13 @@ class Runtime:
 
     def stop(self) -> None:
         """Leave the process group."""
-        self.accelerator.end_training()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
     def say(self, message: str) -> None:
         """One line on the console, from the main rank only."""
         if self.is_main:
-            print(message, flush=True)
+            self.console.print(message, markup=False)
 
     def describe(self) -> str:
         """Device, ranks and precision in words."""
@@ -112,43 +126,62 @@ class Runtime:
         return f"{ranks} on {name}, {str(self.precision).removeprefix('torch.')}"
 
 
+class SteadyConsole(Console):
+    """A console that goes quiet when nobody reads it any more (a dead `tee`, a lost terminal): training goes on."""
+
+    def on_broken_pipe(self) -> None:
+        """Where rich would end the program."""
+        self.quiet = True
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, sys.stdout.fileno())  # what other libraries print must not fail either
+
+
 class Trackers:
-    """wandb and TensorBoard, fed from the record. Whatever goes wrong in them is said once and training goes on."""
+    """wandb and TensorBoard, fed from the record. What goes wrong in one is said once; it is left out from then on."""
 
     def __init__(self, runtime: Runtime, config: Config, *, run_id: str, settings: dict[str, Any]) -> None:
         self.runtime = runtime
-        self.active = bool(config.log.trackers) and runtime.is_main
-        if not self.active:
-            return
-        # The same wandb run goes on after a resume: its id belongs to the run folder.
-        wandb = {"id": run_id, "resume": "allow", "dir": config.run_dir, "name": Path(config.run_dir).name}
+        self.active: list[GeneralTracker] = []
         flat = {
             f"{section}.{key}": str(value)
             for section, keys in settings.items()
             if isinstance(keys, dict)
             for key, value in keys.items()
         }
-        try:
-            runtime.accelerator.init_trackers(config.log.project, config=flat, init_kwargs={"wandb": wandb})
-        except Exception as error:  # any failure of a tracker, whatever its type, must not stop training
-            self._give_up(error)
-            return
-        started = {tracker.name for tracker in runtime.accelerator.trackers}
-        for name in sorted(set(config.log.trackers) - started):  # accelerate passes over what is not installed
-            runtime.say(f"warning: log.trackers names {name}, which is not installed; metrics.jsonl is kept as always")
+        # The same wandb run goes on after a resume: its id belongs to the run folder.
+        wandb = {"id": run_id, "resume": "allow", "dir": config.run_dir, "name": Path(config.run_dir).name}
+        accelerator = runtime.accelerator
+        for name in config.log.trackers:
+            try:
+                accelerator.trackers = []
+                accelerator.log_with = filter_trackers([name], accelerator.logging_dir)
+                accelerator.init_trackers(config.log.project, config=flat, init_kwargs={"wandb": wandb})
+            except Exception as error:  # any failure of a tracker, whatever its type, must not stop training
+                self._warn(name, error)
+                continue
+            if not accelerator.trackers:  # accelerate passes over what is not installed
+                self._warn(name, ModuleNotFoundError("it is not installed"))
+            self.active += accelerator.trackers
 
     def log(self, values: dict[str, Any], *, step: int) -> None:
         """Send numbers of one step."""
-        if not self.active:
-            return
-        try:
-            self.runtime.accelerator.log(values, step=step)
-        except Exception as error:  # as above
-            self._give_up(error)
+        for tracker in list(self.active):
+            try:
+                tracker.log(values, step=step)
+            except Exception as error:  # as above
+                self.active.remove(tracker)
+                self._warn(tracker.name, error)
 
-    def _give_up(self, error: Exception) -> None:
-        self.active = False
-        self.runtime.say(f"warning: trackers are off from here on, metrics.jsonl goes on: {error}")
+    def finish(self) -> None:
+        """Let them write out what they hold."""
+        for tracker in self.active:
+            try:
+                tracker.finish()
+            except Exception as error:  # as above
+                self._warn(tracker.name, error)
+
+    def _warn(self, name: str, error: Exception) -> None:
+        self.runtime.say(f"warning: {name} is left out from here on, metrics.jsonl goes on: {error}")
 
 
 def environment() -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.loader import Loader, RankBatch
+from pipeline.errors import UserError
 from pipeline.seeds import named_seed
-from pipeline.train.guard import stop_if_not_finite
+from pipeline.train.guard import refuse_update
 from pipeline.train.runtime import Runtime
 
-EVALUATION_ROWS = 64  # rows per global batch of an evaluation and rank: only memory and reading depend on it
+EVALUATION_ROWS = 64  # about so many rows are read at a time and rank in an evaluation
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class StepResult:
     loss: float
     grad_norm: float
     targets: int
+    lr: float
     seconds: float
 
 
@@ -62,24 +65,25 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         local = sum(part.targets for part in batch.micro_batches)
-        total = self.runtime.sum(torch.tensor(local, dtype=torch.float64, device=self.runtime.device))
-        targets = max(int(total.item()), 1)  # a batch without any target has loss 0 and no gradient
+        targets = max(self.runtime.sum_of_counts(local), 1)  # a batch without any target has loss 0 and no gradient
         while True:
             losses = self._backward(batch, step=step, targets=targets)
             self.scaler.unscale_(self.optimizer)
             grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-            loss = self.runtime.sum(losses.sum()).item() / targets
-            norm = grad_norm.item()
+            nats = self.runtime.sum(losses.sum())
+            loss, norm = torch.stack(
+                [nats / targets, grad_norm.double()]
+            ).tolist()  # the step's one wait for the device
             if math.isfinite(loss) and math.isfinite(norm):
                 break
             if not (math.isfinite(loss) and self._lower_scale()):
-                stop_if_not_finite(loss, norm, losses, batch=batch, step=step, loader=self.loader)
+                refuse_update(loss, norm, losses, batch=batch, step=step, loader=self.loader)
         if self.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss=loss, grad_norm=norm, targets=targets, seconds=perf_counter() - began)
+        return StepResult(loss=loss, grad_norm=norm, targets=targets, lr=lr, seconds=perf_counter() - began)
 
     def loss_scale(self) -> dict[str, float | int]:
         """State of the fp16 loss scale, for the checkpoint; empty in other precisions."""
@@ -99,7 +103,8 @@ class Trainer:
             place = self.runtime.rank * len(batch.micro_batches) + number
             torch.manual_seed(named_seed(self.seed, "dropout", step, place))
             part = part.to(self.runtime.device)
-            with self.runtime.without_sync(self.model, last=number == len(batch.micro_batches) - 1):
+            last = number == len(batch.micro_batches) - 1
+            with self.runtime.without_sync(self.model, last=last), naming_memory():
                 with self.runtime.autocast():
                     loss = self.model(**part.inputs, labels=part.labels)
                 self.scaler.scale(loss * scale).backward()
@@ -113,6 +118,17 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return True
+
+
+@contextmanager
+def naming_memory() -> Iterator[None]:
+    """Say which setting to lower when the device's memory runs out."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{str(error).splitlines()[0]}\n  lower train.micro_batch; the global batch stays as it is"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -131,17 +147,19 @@ def evaluate(model: nn.Module, loader: Loader, *, runtime: Runtime, tokens: int 
     bits per byte = nats per token / ln 2 * tokens per byte of the whole split, end-of-document tokens included.
     """
     model.eval()
-    sums = torch.zeros(2, dtype=torch.float64)
+    nats, counted = torch.zeros((), dtype=torch.float64, device=runtime.device), 0
     for batch in _validation_batches(loader, tokens=tokens):
         for part in batch.micro_batches:
-            sums[1] += part.targets
+            counted += part.targets
             part = part.to(runtime.device)
-            with runtime.autocast():
-                sums[0] += model(**part.inputs, labels=part.labels).double().cpu()
+            with runtime.autocast(), naming_memory():
+                nats += model(**part.inputs, labels=part.labels).double()
     model.train()
-    nats, targets = runtime.sum(sums.to(runtime.device)).tolist()
+    targets = runtime.sum_of_counts(counted)
+    loss = runtime.sum(nats).item() / max(targets, 1)
     split = loader.windows.split
-    loss = nats / targets
+    if targets == 0 or not math.isfinite(loss):
+        raise UserError(f"validation loss is {loss} over {targets} targets; look at the val split of data.path")
     return Evaluation(loss, loss / math.log(2) * split.n_tokens / split.text_bytes, int(targets))
 
 
@@ -149,6 +167,7 @@ def _validation_batches(loader: Loader, *, tokens: int | None) -> Iterator[RankB
     rows = loader.windows.all_rows
     if tokens is not None:
         rows = min(rows, -(-tokens // loader.windows.context_length))
-    size = EVALUATION_ROWS * loader.world_size
+    # whole micro-batches: a compiled model then sees one shape, but for the last rows
+    size = max(EVALUATION_ROWS // loader.micro_batch, 1) * loader.micro_batch * loader.world_size
     for first in range(0, rows, size):
         yield loader.batch(first, min(size, rows - first))

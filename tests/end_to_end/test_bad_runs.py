@@ -199,3 +199,55 @@ def test_run_folder_describes_itself(finished: Path) -> None:
     assert environment["starts"][0]["from_step"] == 0
     assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (finished / "config.yaml").is_file()
+
+
+def test_run_folder_that_cannot_be_one(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    assert "cannot use" in mistake(config, "--run-dir", str(tmp_path / "taken"))
+    assert "cannot use" in mistake(config, "--run-dir", str(tmp_path / "taken" / "below"))
+    assert (tmp_path / "taken").read_text() == "a file"
+
+
+def test_second_process_on_one_run_is_refused(config: Path, tmp_path: Path) -> None:
+    from pipeline.locks import locked
+
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run", ask_of_other_hosts=False):
+        assert "is being written by process" in mistake(config)
+
+
+def test_lost_checkpoints_do_not_cost_the_record(finished: Path, config: Path) -> None:
+    before = (finished / "metrics.jsonl").read_bytes()
+    shutil.move(finished / "checkpoints", finished / "elsewhere")
+    code, printed = run_pretrain(config)
+    assert code == 0, printed
+    assert "the checkpoints of an earlier run are gone" in printed
+    assert (finished / "metrics.1.jsonl").read_bytes() == before
+
+
+def test_extending_a_schedule_without_horizon_needs_no_word(dataset: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(dataset, tmp_path / "run", optim={"schedule": "constant", "min_lr": 0.0})
+    config = write_config(tmp_path / "run.yaml", settings)
+    assert run_pretrain(config)[0] == 0
+    code, printed = run_pretrain(config, "--train.steps", "14", "--model.d-ff", "128")  # the default, written out
+    assert code == 0, printed
+
+
+def test_other_batch_with_lengths_in_tokens_is_refused(dataset: Path, tmp_path: Path) -> None:
+    train = {"steps": None, "tokens": 12 * 256}
+    config = write_config(tmp_path / "run.yaml", tiny_settings(dataset, tmp_path / "run", train=train))
+    assert run_pretrain(config)[0] == 0
+    flags = ("--train.batch-tokens", "128", "--checkpoint.allow-changes", "true")
+    assert "counted in steps of one batch size" in mistake(config, *flags)
+
+
+def test_micro_batch_is_part_of_the_run_when_there_is_dropout(dataset: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(dataset, tmp_path / "run", model={"dropout": 0.1})
+    config = write_config(tmp_path / "run.yaml", settings)
+    assert run_pretrain(config)[0] == 0
+    assert "train.micro_batch: 8 -> 4" in mistake(config, "--train.micro-batch", "4")
+
+
+def test_other_precision_than_the_checkpoints_needs_a_word(finished: Path, config: Path) -> None:
+    printed = mistake(config, "--train.precision", "bf16")
+    assert "train.precision: torch.float32 -> torch.bfloat16" in printed

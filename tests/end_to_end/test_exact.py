@@ -81,7 +81,7 @@ def test_a_signal_saves_the_last_finished_step(dataset: Path, tmp_path: Path) ->
     process.terminate()
     process.join(60)
     assert process.exitcode == 75, output.read_text()
-    assert "to go on, run" in output.read_text()
+    assert "the same command goes on: python" in output.read_text()
     saved = list_checkpoints(run_dir / "checkpoints")
     assert [int(saved[-1].name.removeprefix("step-"))] == [record(run_dir)[-1]["step"]]
     code, printed = run_pretrain(config)
