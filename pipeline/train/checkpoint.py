@@ -162,7 +162,7 @@ class CheckpointStore:
     def _explain(self, error: BaseException, final: Path) -> str:
         last = list_checkpoints(self.folder)
         safe = f"the last intact checkpoint is {last[-1]}" if last else "there is no earlier checkpoint"
-        reason = str(error).strip().splitlines()[-1]
+        reason = error.strerror if isinstance(error, OSError) else str(error).strip().splitlines()[-1]
         return f"could not save {final}: {reason}\n  {safe}; make room and run the same command again"
 
 

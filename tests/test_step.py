@@ -1,0 +1,147 @@
+"""One update against the formula, and what happens when numbers overflow."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pipeline.config import Config
+from pipeline.data.loader import training_loader, validation_loader
+from pipeline.data.shards import open_dataset
+from pipeline.errors import UserError
+from pipeline.model.transformer import Decoder, build_model, initialise
+from pipeline.train.optim import build_optimizer
+from pipeline.train.runtime import Runtime
+from pipeline.train.step import Trainer, evaluate
+
+
+def settings(**sections: dict[str, Any]) -> Config:
+    values: dict[str, Any] = {
+        "model": {"n_layers": 1, "n_heads": 2, "d_model": 16, "context_length": 32},
+        "train": {"steps": 100, "batch_tokens": 256, "micro_batch": 3, "precision": "fp32", "device": "cpu"},
+    }
+    for section, keys in sections.items():
+        values[section] = {**values.get(section, {}), **keys}
+    return Config.model_validate(values)
+
+
+def make(dataset: Path, config: Config, *, precision: torch.dtype = torch.float32) -> tuple[Decoder, Trainer]:
+    runtime = dataclasses.replace(Runtime.start(config), precision=precision)
+    opened = open_dataset(dataset)
+    model = build_model(config.model, n_tokens=opened.vocab_size)
+    initialise(model, seed=1)
+    loader = training_loader(opened, config, rank=0, world_size=1)
+    optimizer = build_optimizer(model, config.optim)
+    clip = config.optim.clip_norm
+    return model, Trainer(model, optimizer, loader=loader, runtime=runtime, clip_norm=clip, seed=config.seed)
+
+
+def test_loss_and_gradient_are_means_over_all_targets(dataset: Path) -> None:
+    """Targets differ between micro-batches, so a mean of means would be another number."""
+    config = settings(data={"cross_document_targets": False}, optim={"clip_norm": None})
+    model, trainer = make(dataset, config)
+    batch = trainer.loader.batch(0, 8)
+    counts = [part.targets for part in batch.micro_batches]
+    assert len(set(counts)) > 1
+    reference = build_model(config.model, n_tokens=model.n_tokens).double()
+    reference.load_state_dict(model.state_dict())
+    tokens = torch.cat([part.inputs["tokens"] for part in batch.micro_batches])
+    labels = torch.cat([part.labels for part in batch.micro_batches])
+    expected = F.cross_entropy(reference(tokens).flatten(0, 1), labels.flatten())
+    expected.backward()
+    norm = math.sqrt(sum(float(p.grad.pow(2).sum()) for p in reference.parameters() if p.grad is not None))
+    result = trainer.step(batch, step=1, lr=1e-3)
+    assert result.targets == sum(counts)
+    assert result.loss == pytest.approx(expected.item(), rel=1e-6)
+    assert result.grad_norm == pytest.approx(norm, rel=1e-5)
+
+
+def test_clipping_scales_the_update_and_reports_the_norm_before_it(dataset: Path) -> None:
+    _, plain = make(dataset, settings(optim={"clip_norm": None}))
+    _, clipped = make(dataset, settings(optim={"clip_norm": 1e-3}))
+    batch = plain.loader.batch(0, 8)
+    norms = [trainer.step(batch, step=1, lr=1e-3).grad_norm for trainer in (plain, clipped)]
+    assert norms[0] == norms[1] > 1e-3
+    moments = [
+        torch.cat([trainer.optimizer.state[p]["exp_avg"].flatten() for p in trainer.parameters])
+        for trainer in (plain, clipped)
+    ]
+    torch.testing.assert_close(moments[1], moments[0] * (1e-3 / norms[0]), rtol=1e-4, atol=1e-12)
+
+
+def test_an_update_that_is_not_finite_is_refused_and_changes_nothing(dataset: Path) -> None:
+    model, trainer = make(dataset, settings())
+    with torch.no_grad():
+        model.embedding.tokens.weight[ord("e")] = math.inf
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UserError, match=r"step 7: loss nan(.|\n)*corpus\.jsonl, row "):
+        trainer.step(trainer.loader.batch(0, 8), step=7, lr=1e-3)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not trainer.optimizer.state
+
+
+def test_fp16_overflow_repeats_the_batch_at_a_smaller_scale(dataset: Path) -> None:
+    _, calm = make(dataset, settings(), precision=torch.float16)
+    _, wild = make(dataset, settings(), precision=torch.float16)
+    wild.load_loss_scale({**calm.loss_scale(), "scale": 2.0**40})
+    results = [trainer.step(trainer.loader.batch(0, 8), step=1, lr=1e-3) for trainer in (calm, wild)]
+    assert results[1].loss == results[0].loss
+    assert results[1].grad_norm == pytest.approx(results[0].grad_norm, rel=1e-2)
+    assert 1 < wild.loss_scale()["scale"] < 2.0**40
+    for ours, theirs in zip(wild.parameters, calm.parameters, strict=True):
+        assert wild.optimizer.state[ours]["step"] == calm.optimizer.state[theirs]["step"] == 1
+    again, _ = make(dataset, settings())
+    assert not all(torch.equal(a, b) for a, b in zip(again.parameters(), wild.parameters, strict=True))
+
+
+def test_loss_scale_goes_on_where_it_was(dataset: Path) -> None:
+    _, first = make(dataset, settings(), precision=torch.float16)
+    first.load_loss_scale({**first.loss_scale(), "scale": 2.0**40})
+    first.step(first.loader.batch(0, 8), step=1, lr=1e-3)
+    _, second = make(dataset, settings(), precision=torch.float16)
+    second.load_loss_scale(first.loss_scale())
+    assert second.loss_scale() == first.loss_scale()
+    _, plain = make(dataset, settings())
+    assert plain.loss_scale() == {}
+
+
+def test_evaluation_is_the_mean_over_every_validation_token(dataset: Path) -> None:
+    config = settings()
+    opened = open_dataset(dataset)
+    model, trainer = make(dataset, config)
+    loader = validation_loader(opened, config, rank=0, world_size=1)
+    assert loader is not None
+    found = evaluate(model, loader, runtime=trainer.runtime, tokens=None)
+    split = opened.split("val")
+    stream = torch.from_numpy(split.tokens(0, split.n_tokens).astype("int64"))
+    nats, targets = 0.0, 0
+    for start in range(0, len(stream) - 1, 32):  # one window at a time
+        window = stream[start : start + 33]
+        logits = model(window[None, :-1])[0].double()
+        nats += F.cross_entropy(logits, window[1:], reduction="sum").item()
+        targets += len(window) - 1
+    assert targets == found.targets == split.n_tokens - 1
+    assert found.loss == pytest.approx(nats / targets, rel=1e-6)
+    in_bytes = found.loss / math.log(2) * split.n_tokens / split.text_bytes
+    assert found.bits_per_byte == pytest.approx(in_bytes)
+    part = evaluate(model, loader, runtime=trainer.runtime, tokens=100)
+    assert part.targets == 128  # whole windows
+    assert model.training
+
+
+def test_dropout_depends_on_seed_and_step_alone(dataset: Path) -> None:
+    config = settings(model={"dropout": 0.3})
+    losses = []
+    for disturbed in (False, True):
+        _, trainer = make(dataset, config)
+        if disturbed:
+            torch.manual_seed(99)
+        losses.append([trainer.step(trainer.loader.batch(0, 8), step=step, lr=1e-9).loss for step in (1, 2)])
+    assert losses[0] == losses[1]
+    assert losses[0][0] != losses[0][1]
