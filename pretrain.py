@@ -29,10 +29,16 @@ from pipeline.train.step import Trainer, evaluate
 
 
 def main() -> None:
-    """Compose the run in the order of the flow: data, model, optimizer, state, loop."""
+    """Settings and data are judged before any device is touched; then one run, from start to end."""
     config = load_config(sys.argv[1:])
     dataset = open_dataset(config.data.path)
     runtime = Runtime.start(config)
+    pretrain(config, dataset, runtime)
+    runtime.stop()
+
+
+def pretrain(config: Config, dataset: Dataset, runtime: Runtime) -> None:
+    """Compose the run in the order of the flow: model, optimizer, state, batches, loop."""
     model = make_model(config, dataset, runtime)
     optimizer = build_optimizer(model, config.optim)
     run = Run(config, dataset, runtime=runtime)
@@ -48,7 +54,6 @@ def main() -> None:
     with Prefetcher(loader, first_row=state.rows, rows=config.batch_rows) as batches:
         train(run, state, batches, model=model, trainer=trainer, validation=validation)
     run.close()
-    runtime.stop()
 
 
 def train(

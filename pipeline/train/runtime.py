@@ -7,6 +7,7 @@ Accelerate starts the process group, picks the device, wraps for DDP and feeds t
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import socket
@@ -110,7 +111,13 @@ class Runtime:
         self.accelerator.wait_for_everyone()
 
     def stop(self) -> None:
-        """Leave the process group."""
+        """Leave the process group; nothing may hold a wrapped model any more.
+
+        DDP's reducer owns the group, too. Were it the last owner, the group would end while Python's lock is held
+        and wait for its own thread, which may be waiting for that lock: seen with gloo, once in some hundred runs.
+        """
+        self.accelerator.free_memory()
+        gc.collect()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 

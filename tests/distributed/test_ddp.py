@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,11 +20,16 @@ ROOT = Path(__file__).parent.parent.parent
 
 def torchrun(ranks: int, config: Path, *flags: str) -> tuple[int, str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    done = subprocess.run(
+    launched = subprocess.Popen(
         [*command, "pretrain.py", str(config), *flags],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
-    return done.returncode, done.stdout + done.stderr
+    try:
+        printed, _ = launched.communicate(timeout=200)
+    except subprocess.TimeoutExpired:
+        os.killpg(launched.pid, signal.SIGKILL)  # the ranks, too
+        raise
+    return launched.returncode, printed
 
 
 def compare(lines: list[dict[str, Any]], reference: list[dict[str, Any]]) -> None:

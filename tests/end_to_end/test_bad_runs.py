@@ -104,6 +104,7 @@ def test_other_data_than_the_checkpoints(finished: Path, config: Path, tmp_path:
 def test_other_model_or_seed_is_another_run(finished: Path, config: Path) -> None:
     before = files_of(finished)
     printed = mistake(config, "--model.n-layers", "3", "--seed", "7")
+    assert "belongs to another run" in printed
     assert "model.n_layers: 2 -> 3" in printed
     assert "seed: 1337 -> 7" in printed
     assert files_of(finished) == before
