@@ -9,7 +9,6 @@ curves.png. Exit code 0: done; 2: a mistake to mend, told in one message; 75: st
 
 from __future__ import annotations
 
-import shlex
 import sys
 
 from pipeline.cli import load_config
@@ -77,8 +76,7 @@ def train(
             run.save(state, model=model, optimizer=trainer.optimizer)
         if stopping and step < last:
             run.close()
-            again = shlex.join(["python", *sys.argv])
-            raise StoppedEarly(f"stopped after step {step}; the same command goes on: {again}")
+            raise StoppedEarly(f"stopped after step {step}; run the same command again to go on")
     runtime.say(f"done: {state.step} steps, {state.tokens:,} tokens; next: python sample.py {config.run_dir}")
 
 

@@ -214,7 +214,7 @@ class TrainConfig(Section):
     def faults(self) -> list[str]:
         """Exactly one length."""
         if (self.steps is None) == (self.tokens is None):
-            return ["give exactly one of steps and tokens, the other is null"]
+            return ["give exactly one of steps and tokens; a flag takes the other back: --train.steps null"]
         return []
 
 

@@ -7,6 +7,7 @@ flag that the loop asks for between steps, so that a stopped run has saved its l
 from __future__ import annotations
 
 import signal
+import sys
 from types import FrameType
 from typing import NoReturn
 
@@ -50,5 +51,6 @@ class StopSignal:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
+        print("stopping after this step; a second signal ends the process at once", file=sys.stderr, flush=True)
         for other in (signal.SIGINT, signal.SIGTERM):
             signal.signal(other, signal.SIG_DFL)

@@ -50,6 +50,7 @@ class Run:
         self.store = CheckpointStore(self.folder / "checkpoints", config, tokenizer_file=tokenizer, runtime=runtime)
         self.record = Record(self.folder / "metrics.jsonl")
         self.console = ConsoleLine(runtime.console, total_steps=config.total_steps)
+        self.trackers: Trackers | None = None
         self._held = ExitStack()
         self._drawn = time.perf_counter()
 
@@ -71,7 +72,11 @@ class Run:
             self._refuse_another_run(newest)
             state = restore(newest, model=model, optimizer=optimizer)
             self.runtime.say(f"resuming from {newest}")
-        if self.runtime.is_main:
+        if state.step >= self.config.total_steps:
+            self.runtime.say(
+                f"already at step {state.step} of {self.config.total_steps}; raise train.steps to go further"
+            )
+        elif self.runtime.is_main:
             self._open(state)
         self.runtime.barrier()
         return state
@@ -111,7 +116,8 @@ class Run:
         if changes and not self.config.checkpoint.allow_changes:
             raise UserError(
                 f"settings differ from those of {checkpoint}; restore them, or go on with the new ones by "
-                "--checkpoint.allow-changes true:\n  " + "\n  ".join(changes.values())
+                "--checkpoint.allow-changes true (a schedule without a horizon of its own ends with train.steps):\n  "
+                + "\n  ".join(changes.values())
             )
         lengths = (self.config.train.tokens, self.config.optim.warmup_tokens, self.config.optim.horizon_tokens)
         if "train.batch_tokens" in changes and any(lengths):
@@ -155,7 +161,8 @@ class Run:
             self.record.write(line)
             self.console.show(line)
             numbers = {key: value for key, value in line.items() if key != "step"}
-            self.trackers.log(numbers, step=line["step"])
+            if self.trackers is not None:
+                self.trackers.log(numbers, step=line["step"])
 
     def save(self, state: TrainState, *, model: Decoder, optimizer: torch.optim.Optimizer) -> None:
         """Write a checkpoint and bring curves.png up to date."""
@@ -170,7 +177,7 @@ class Run:
 
     def close(self) -> None:
         """Let go of trackers and of the folder."""
-        if self.runtime.is_main:
+        if self.trackers is not None:
             self.trackers.finish()
         self._held.close()
 

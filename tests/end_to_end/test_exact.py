@@ -81,7 +81,7 @@ def test_a_signal_saves_the_last_finished_step(dataset: Path, tmp_path: Path) ->
     process.terminate()
     process.join(60)
     assert process.exitcode == 75, output.read_text()
-    assert "the same command goes on: python" in output.read_text()
+    assert "run the same command again to go on" in output.read_text()
     saved = list_checkpoints(run_dir / "checkpoints")
     assert [int(saved[-1].name.removeprefix("step-"))] == [record(run_dir)[-1]["step"]]
     code, printed = run_pretrain(config)
@@ -126,7 +126,7 @@ def test_a_finished_run_is_left_alone_and_can_be_extended(dataset: Path, tmp_pat
     before = (run_dir / "metrics.jsonl").read_bytes()
     code, printed = run_pretrain(tmp_path / "short.yaml")
     assert (code, (run_dir / "metrics.jsonl").read_bytes()) == (0, before)
-    assert "done: 12 steps" in printed
+    assert "already at step 12 of 12" in printed
     code, printed = run_pretrain(tmp_path / "short.yaml", "--train.steps", "20")
     assert code == 0, printed
     long = finish(tmp_path, dataset, "long", train={"steps": 20}, **horizon)
