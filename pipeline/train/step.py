@@ -66,18 +66,7 @@ class Trainer:
             group["lr"] = lr
         local = sum(part.targets for part in batch.micro_batches)
         targets = max(self.runtime.sum_of_counts(local), 1)  # a batch without any target has loss 0 and no gradient
-        while True:
-            losses = self._backward(batch, step=step, targets=targets)
-            self.scaler.unscale_(self.optimizer)
-            grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-            nats = self.runtime.sum(losses.sum())
-            loss, norm = torch.stack(
-                [nats / targets, grad_norm.double()]
-            ).tolist()  # the step's one wait for the device
-            if math.isfinite(loss) and math.isfinite(norm):
-                break
-            if not (math.isfinite(loss) and self._lower_scale()):
-                refuse_update(loss, norm, losses, batch=batch, step=step, loader=self.loader)
+        loss, norm, grad_norm = self._gradients(batch, step=step, targets=targets)
         if self.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, grad_norm)
         self.scaler.step(self.optimizer)
@@ -93,6 +82,24 @@ class Trainer:
         """Go on with the loss scale of a checkpoint."""
         if state:
             self.scaler.load_state_dict(state)
+
+    def _gradients(self, batch: RankBatch, *, step: int, targets: int) -> tuple[float, float, Tensor]:
+        """Leave finite gradients; return the mean loss and their norm, also as a tensor (), or refuse the update.
+
+        The body runs once, but for fp16, where an overflow is tried again at a smaller loss scale.
+        """
+        while True:
+            losses = self._backward(batch, step=step, targets=targets)
+            self.scaler.unscale_(self.optimizer)
+            grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            nats = self.runtime.sum(losses.sum())
+            # both in one transfer: this is where the step waits for the device
+            loss, norm = torch.stack([nats / targets, grad_norm.double()]).tolist()
+            if math.isfinite(loss) and math.isfinite(norm):
+                return loss, norm, grad_norm
+            overflow = math.isfinite(loss) and self._lower_scale()
+            if not overflow:
+                refuse_update(loss, norm, losses, batch=batch, step=step, loader=self.loader)
 
     def _backward(self, batch: RankBatch, *, step: int, targets: int) -> Tensor:
         """Accumulate d(mean loss)/d(parameters); return the summed nats of each micro-batch (M,), float64."""
