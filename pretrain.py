@@ -13,8 +13,8 @@ import sys
 
 from pipeline.cli import load_config
 from pipeline.config import Config
+from pipeline.data.dataset import Dataset, open_dataset
 from pipeline.data.loader import Loader, Prefetcher, training_loader, validation_loader
-from pipeline.data.shards import Dataset, open_dataset
 from pipeline.errors import StoppedEarly, UserError, run_command
 from pipeline.model.transformer import Decoder, build_model, count_parameters, flops_per_token, initialise
 from pipeline.train.checkpoint import TrainState

@@ -56,11 +56,9 @@ def trained(config: Config, *, steps: int = 3) -> tuple[Decoder, torch.optim.Opt
 
 @pytest.fixture
 def store(tmp_path: Path) -> CheckpointStore:
-    tokenizer = tmp_path / "tokenizer.json"
-    tokenizer.write_text("{}")
     config = config_of(every=5, keep=2, keep_every=10)
     runtime = Runtime.start(config)
-    return CheckpointStore(tmp_path / "checkpoints", config, tokenizer_file=tokenizer, runtime=runtime)
+    return CheckpointStore(tmp_path / "checkpoints", config, tokenizer_json=b"{}", runtime=runtime)
 
 
 def test_restores_weights_moments_and_state_bit_by_bit(store: CheckpointStore) -> None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from pipeline.config import Config
+from pipeline.data.dataset import open_dataset
 from pipeline.data.loader import Loader, Prefetcher, RankBatch, permute, share, training_loader, validation_loader
 from pipeline.data.objectives import causal
-from pipeline.data.shards import open_dataset
 from pipeline.errors import UserError
 
 CONTEXT = 32

@@ -22,11 +22,11 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from pipeline.data.audit import verify
+from pipeline.data.dataset import open_dataset
 from pipeline.data.formats import TextRules
 from pipeline.data.manifest import Manifest, SplitName
 from pipeline.data.prepare import prepare, training_sample
 from pipeline.data.request import Request
-from pipeline.data.shards import open_dataset
 from pipeline.errors import StoppedEarly, UserError
 from pipeline.locks import locked
 from pipeline.seeds import named_seed
@@ -69,7 +69,7 @@ def run(wanted: Request) -> tuple[Manifest, str]:
 def documents(folder: Path, split: SplitName) -> list[str]:
     """Texts of a split, decoded by `tokenizers` itself."""
     dataset = open_dataset(folder)
-    tokenizer = Tokenizer.from_file(str(dataset.tokenizer_path))
+    tokenizer = Tokenizer.from_file(str(dataset.path / "tokenizer.json"))
     stream = dataset.split(split)
     ids = stream.tokens(0, stream.n_tokens)
     parts = np.split(ids, np.flatnonzero(ids == dataset.eos_id) + 1)

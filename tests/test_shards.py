@@ -12,8 +12,9 @@ import pytest
 import xxhash
 
 from pipeline.data.audit import inspect, verify
+from pipeline.data.dataset import Dataset, open_dataset
 from pipeline.data.manifest import InputInfo, Manifest, ShardInfo, SplitName, data_digest, write_manifest
-from pipeline.data.shards import DOCUMENT_DTYPE, Dataset, ShardWriter, open_dataset
+from pipeline.data.shards import DOCUMENT_DTYPE, ShardWriter
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import UserError
 
@@ -45,7 +46,7 @@ def folder(tmp_path: Path) -> Path:
         "val": (write_shard(path, "val-00001", ["held out"]),),
     }
     manifest = Manifest(
-        format_version=1,
+        format_version=2,
         dtype="uint16",
         vocab_size=257,
         eos_id=256,
@@ -55,6 +56,7 @@ def folder(tmp_path: Path) -> Path:
         splits=splits,
         records=7,
         drops={},
+        noticed={},
         settings={},
         inputs=(InputInfo(name="by hand", kind="text", size=1, fingerprint="1"),),
     )
@@ -134,8 +136,8 @@ def test_every_range_of_tokens_and_its_documents(folder: Path) -> None:
 
 def test_views_are_not_copies(folder: Path) -> None:
     split = open_dataset(folder).split("train")
-    whole: npt.NDArray[np.uint16] = split.shards()[1].tokens
-    start = split.shards()[0].info.tokens
+    whole: npt.NDArray[np.uint16] = split.parts[1].tokens
+    start = split.parts[0].info.tokens
     assert np.shares_memory(split.tokens(start + 5, start + 200), whole)
     assert not whole.flags.writeable
 
@@ -162,7 +164,7 @@ def test_an_empty_split_and_an_empty_file_are_read(folder: Path) -> None:
     val = open_dataset(folder).split("val")
     assert (val.n_tokens, val.n_documents, val.text_bytes) == (0, 0, 0)
     assert len(val.tokens(0, 0)) == len(val.document_of(0, 0)) == 0
-    shard = open_dataset(folder).split("train").shards()[0]
+    shard = open_dataset(folder).split("train").parts[0]
     (folder / "train-00000.bin").write_bytes(b"")
     assert len(shard.tokens) == 0
 
@@ -201,7 +203,7 @@ def test_a_foreign_or_damaged_manifest_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match=r"manifest.json is damaged at 'vocab_size'"):
         open_dataset(folder)
     edit(folder, lambda values: values.update(format_version=99))
-    with pytest.raises(UserError, match="format version 99 found, this program reads 1"):
+    with pytest.raises(UserError, match="format version 99 found, this program reads 2"):
         open_dataset(folder)
     (folder / "manifest.json").write_text("[]")
     with pytest.raises(UserError, match="is not a manifest"):

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.config import Config
+from pipeline.data.dataset import open_dataset
 from pipeline.data.loader import training_loader, validation_loader
-from pipeline.data.shards import open_dataset
 from pipeline.errors import UserError
 from pipeline.model.transformer import Decoder, build_model, initialise
 from pipeline.train.optim import build_optimizer

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from pipeline.data.manifest import SplitName, data_digest
-from pipeline.data.shards import Dataset, Shard, open_dataset
+from pipeline.data.dataset import TokenSplit, open_dataset, open_shards
+from pipeline.data.manifest import TOKENIZER_NAME, Manifest, SplitName, data_digest, read_manifest
+from pipeline.data.shards import Shard
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError
 
@@ -28,22 +29,23 @@ def verify(path: str | Path) -> str:
     Checksums, document boundaries, ids below the vocabulary's size, exactly one EOS in a document, at its end,
     and the text of a sample of documents. Raises `UserError` that lists all findings.
     """
-    dataset = open_dataset(path)
-    tokenizer = TextTokenizer.from_file(dataset.tokenizer_path, eos=dataset.eos_id)
-    findings = list(_check_identity(dataset, tokenizer))
+    open_dataset(path)  # refuses what cannot be opened at all
+    folder = Path(path).expanduser()
+    manifest = read_manifest(folder)
+    tokenizer = TextTokenizer.from_file(folder / TOKENIZER_NAME, eos=manifest.eos_id)
+    findings = list(_check_identity(manifest, tokenizer))
     documents = 0
-    for split in dataset.manifest.splits:
-        for shard in dataset.split(split).shards():
+    for shards in open_shards(folder, manifest).values():
+        for shard in shards:
             findings += _check_files(shard)
-            findings += _check_boundaries(shard) or [*_check_ids(shard, dataset), *_check_texts(shard, tokenizer)]
+            findings += _check_boundaries(shard) or [*_check_ids(shard, manifest), *_check_texts(shard, tokenizer)]
             documents += shard.info.documents
     if findings:
         raise UserError(f"{path} is damaged:\n" + "\n".join(f"  {line}" for line in findings))
-    return f"{path} is whole: {documents:,} documents, digest {dataset.data_digest[:16]}"
+    return f"{path} is whole: {documents:,} documents, digest {manifest.data_digest[:16]}"
 
 
-def _check_identity(dataset: Dataset, tokenizer: TextTokenizer) -> Iterator[str]:
-    manifest = dataset.manifest
+def _check_identity(manifest: Manifest, tokenizer: TextTokenizer) -> Iterator[str]:
     if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
         yield f"tokenizer.json: expected fingerprint {manifest.tokenizer_fingerprint}, found {tokenizer.fingerprint}"
     digest = data_digest(manifest.splits, tokenizer_fingerprint=manifest.tokenizer_fingerprint, dtype=manifest.dtype)
@@ -76,13 +78,13 @@ def _check_boundaries(shard: Shard) -> list[str]:
     return []
 
 
-def _check_ids(shard: Shard, dataset: Dataset) -> Iterator[str]:
+def _check_ids(shard: Shard, manifest: Manifest) -> Iterator[str]:
     ends = np.cumsum(shard.lengths, dtype=np.int64) - 1
     for start in range(0, len(shard.tokens), _BLOCK):
         block = shard.tokens[start : start + _BLOCK]
-        if int(block.max()) >= dataset.vocab_size or int(block.min()) < 0:
-            yield f"{shard.info.name}.bin: id {int(block.max())} is outside the vocabulary of {dataset.vocab_size}"
-        found = np.flatnonzero(block == dataset.eos_id) + start
+        if int(block.max()) >= manifest.vocab_size or int(block.min()) < 0:
+            yield f"{shard.info.name}.bin: id {int(block.max())} is outside the vocabulary of {manifest.vocab_size}"
+        found = np.flatnonzero(block == manifest.eos_id) + start
         low, high = np.searchsorted(ends, [start, start + len(block)])
         if not np.array_equal(found, ends[low:high]):
             yield f"{shard.info.name}.bin: in tokens {start} to {start + len(block)} EOS is not just at document ends"
@@ -105,9 +107,8 @@ def _check_texts(shard: Shard, tokenizer: TextTokenizer) -> Iterator[str]:
 
 def inspect(path: str | Path) -> str:
     """Describe a dataset: counts, lengths of documents, the beginning of some."""
-    dataset = open_dataset(path)
-    manifest = dataset.manifest
-    tokenizer = TextTokenizer.from_file(dataset.tokenizer_path, eos=dataset.eos_id)
+    dataset, manifest = open_dataset(path), read_manifest(Path(path).expanduser())
+    tokenizer = TextTokenizer.from_file(dataset.path / TOKENIZER_NAME, eos=dataset.eos_id)
     lines = [
         f"{path}: vocabulary {dataset.vocab_size:,}, {manifest.dtype}, EOS {dataset.eos_id} {tokenizer.eos_token!r}",
         f"digest {dataset.data_digest}",
@@ -119,18 +120,16 @@ def inspect(path: str | Path) -> str:
         *(f"  {key}: {value}" for key, value in manifest.settings.items()),
     ]
     for split in manifest.splits:
-        lines += _describe_split(dataset, split, tokenizer)
+        lines += _describe_split(split, dataset.split(split), tokenizer)
     return "\n".join(lines)
 
 
-def _describe_split(dataset: Dataset, name: SplitName, tokenizer: TextTokenizer) -> list[str]:
-    split = dataset.split(name)
+def _describe_split(name: SplitName, split: TokenSplit, tokenizer: TextTokenizer) -> list[str]:
     lines = [f"{name}: {split.n_documents:,} documents, {split.n_tokens:,} tokens, {split.text_bytes:,} bytes of text"]
     if not split.n_documents:
         return lines
-    lengths = np.concatenate([shard.lengths for shard in split.shards()])
-    lines.append("  tokens a document: " + _histogram(lengths))
-    starts = np.cumsum(lengths, dtype=np.int64) - lengths
+    lines.append("  tokens a document: " + _histogram(split.lengths))
+    starts = np.cumsum(split.lengths, dtype=np.int64) - split.lengths
     for number in sorted({0, split.n_documents // 2, split.n_documents - 1}):
         start, info = int(starts[number]), split.describe(number)
         text = tokenizer.decode(split.tokens(start, start + min(info.tokens - 1, 40)).tolist())

@@ -111,6 +111,7 @@ def manifest_of(
             "splits": splits,
             "records": sum(report.documents + len(report.rejected) for report in reports),
             "drops": dict(sorted(drops.items())),
+            "noticed": {},
             "settings": identity,
             "inputs": input_infos(corpus),
         }

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import Config
+from pipeline.data.dataset import Dataset, TokenSplit
 from pipeline.data.objectives import IGNORED, Batch, make_batch
-from pipeline.data.shards import Dataset, TokenSplit
 from pipeline.errors import UserError
 from pipeline.seeds import named_seed
 

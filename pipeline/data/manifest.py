@@ -17,9 +17,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pipeline.errors import UserError, nearest
 from pipeline.files import fsync_folder, write_durably
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
+KEEP_SUFFIX = ".keep.npy"
 SplitName = Literal["train", "val"]
 SPLITS: tuple[SplitName, ...] = ("train", "val")
 
@@ -35,14 +36,28 @@ class FileInfo(_Record):
     checksum: str
 
 
+class Counts(_Record):
+    """How much of a shard or a split: documents, their tokens with EOS, the bytes of their text."""
+
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+
+
 class ShardInfo(_Record):
-    """One shard, `NAME.bin`, `NAME.idx` and `NAME.docs.npy`; `files` is keyed by file name."""
+    """One shard, `NAME.bin`, `NAME.idx` and `NAME.docs.npy`; `files` is keyed by file name.
+
+    `deleted` is what of `documents`, `tokens` and `text_bytes` the bitmap `NAME.keep.npy`, where there is one,
+    takes out of the dataset. `continues` are the rows of the first document's source that earlier units hold.
+    """
 
     name: str
     documents: int
     tokens: int
     text_bytes: int
     files: dict[str, FileInfo]
+    deleted: Counts = Counts()
+    continues: int = 0
 
     def file(self, suffix: str) -> FileInfo:
         """The entry of `NAME<suffix>`; suffixes are `.bin`, `.idx`, `.docs.npy`."""
@@ -58,6 +73,31 @@ class InputInfo(_Record):
     fingerprint: str
 
 
+class FailedUnit(_Record):
+    """A part of the input that could not be read, and was done without by `--allow-failed`."""
+
+    unit: str
+    reason: str
+
+
+class Deduplication(_Record):
+    """How documents were deleted: equal texts (`exact`), or also of a Jaccard similarity of at least `threshold`."""
+
+    method: Literal["exact", "near"]
+    threshold: float | None
+    exact: Counts
+    near: Counts
+
+
+class Contamination(_Record):
+    """Training documents that share an n-gram of `ngram` words with an evaluation file, per file."""
+
+    ngram: int
+    files: dict[str, int]
+    documents: int
+    deleted: bool
+
+
 class Manifest(_Record):
     """All that is known of a dataset; `docs/data_format.md` describes each key."""
 
@@ -71,12 +111,16 @@ class Manifest(_Record):
     splits: dict[SplitName, tuple[ShardInfo, ...]]
     records: int
     drops: dict[str, int]
+    noticed: dict[str, int]
+    failed: tuple[FailedUnit, ...] = ()
+    deduplication: Deduplication | None = None
+    contamination: Contamination | None = None
     settings: dict[str, Any]
     inputs: tuple[InputInfo, ...]
 
     def total(self, split: SplitName, what: Literal["documents", "tokens", "text_bytes"]) -> int:
-        """Sum of one count over the shards of a split."""
-        return sum(getattr(shard, what) for shard in self.splits.get(split, ()))
+        """Sum of one count over the shards of a split, without what is deleted."""
+        return sum(getattr(shard, what) - getattr(shard.deleted, what) for shard in self.splits.get(split, ()))
 
 
 def canonical_json(value: Any) -> bytes:
@@ -96,7 +140,13 @@ def data_digest(splits: Mapping[SplitName, Sequence[ShardInfo]], *, tokenizer_fi
     """
     tokens = {split: [shard.file(".bin").checksum for shard in splits.get(split, ())] for split in SPLITS}
     lengths = {split: [shard.file(".idx").checksum for shard in splits.get(split, ())] for split in SPLITS}
-    return digest_of({"bin": tokens, "idx": lengths, "tokenizer": tokenizer_fingerprint, "dtype": dtype})
+    kept = {split: [_kept(shard) for shard in splits.get(split, ())] for split in SPLITS}
+    return digest_of({"bin": tokens, "idx": lengths, "keep": kept, "tokenizer": tokenizer_fingerprint, "dtype": dtype})
+
+
+def _kept(shard: ShardInfo) -> str | None:
+    bitmap = shard.files.get(shard.name + KEEP_SUFFIX)
+    return bitmap.checksum if bitmap else None
 
 
 def read_manifest(folder: Path) -> Manifest:

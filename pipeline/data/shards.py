@@ -1,8 +1,7 @@
 """The on-disk format: shards of token ids, written once, read through memory maps.
 
-In: flat token ids and one record per document. Out: `NAME.bin`, `NAME.idx` (Megatron's indexed dataset),
-`NAME.docs.npy`; and the other way round, a `Dataset` whose splits are streams of tokens that know
-their documents. Reading writes nothing, takes no lock and loads no whole file.
+In: flat token ids and one record per document. Out: `NAME.bin`, `NAME.idx` (Megatron's indexed dataset) and
+`NAME.docs.npy`; and the other way round, a `Shard`. Reading writes nothing, takes no lock and loads no whole file.
 
 The index follows `megatron/core/datasets/indexed_dataset.py` of NVIDIA/Megatron-LM; see docs/data_format.md.
 """
@@ -14,6 +13,7 @@ import mmap
 import os
 import struct
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from pipeline.data.manifest import TOKENIZER_NAME, FileInfo, Manifest, ShardInfo, SplitName, read_manifest
+from pipeline.data.manifest import KEEP_SUFFIX, FileInfo, ShardInfo
 from pipeline.errors import UserError
 from pipeline.files import fsync_folder, write_durably
 
@@ -97,8 +97,8 @@ class ShardWriter:
         index = _index_bytes(lengths, self.dtype)
         files = {
             f"{self.name}.bin": FileInfo(size=self._tokens * self.dtype.itemsize, checksum=self._checksum.hexdigest()),
-            f"{self.name}.idx": _describe(index),
-            f"{self.name}.docs.npy": _describe(stream.getvalue()),
+            f"{self.name}.idx": describe_content(index),
+            f"{self.name}.docs.npy": describe_content(stream.getvalue()),
         }
         self._temporary.replace(self.folder / f"{self.name}.bin")
         write_durably(self.folder / f"{self.name}.docs.npy", stream.getvalue())
@@ -113,7 +113,8 @@ class ShardWriter:
         )
 
 
-def _describe(content: bytes) -> FileInfo:
+def describe_content(content: bytes) -> FileInfo:
+    """The manifest's entry for a file of this content."""
     return FileInfo(size=len(content), checksum=xxhash.xxh3_128_hexdigest(content))
 
 
@@ -138,10 +139,12 @@ class DocumentInfo:
 
 
 class Shard:
-    """One shard under memory maps, opened when first touched."""
+    """One shard under memory maps, opened when first touched. Documents and tokens count from 0 within it."""
 
-    def __init__(self, folder: Path, info: ShardInfo, dtype: np.dtype[Any]) -> None:
+    def __init__(self, folder: Path, info: ShardInfo, *, dtype: np.dtype[Any], inputs: Sequence[str]) -> None:
         self.folder, self.info, self.dtype = folder, info, dtype
+        self.n_documents, self.n_tokens = info.documents, info.tokens
+        self._inputs = inputs
 
     def check(self) -> None:
         """Compare file sizes with the manifest and read the index header; `UserError` names file and numbers."""
@@ -154,26 +157,24 @@ class Shard:
         path = self._path(".idx")
         with path.open("rb") as file:
             head = file.read(HEADER.size)
-        wanted_head = HEADER.pack(MAGIC, 1, DTYPE_CODES[self.dtype.name], self.info.documents, self.info.documents + 1)
+        wanted_head = HEADER.pack(MAGIC, 1, DTYPE_CODES[self.dtype.name], self.n_documents, self.n_documents + 1)
         if head != wanted_head:
             raise UserError(f"{path}: bad header, expected {wanted_head!r}, found {head!r}; run data_prep.py again")
 
     @cached_property
     def tokens(self) -> Tokens:
         """(tokens,) ids in the stored dtype, a view of the map."""
-        return np.frombuffer(_map(self._path(".bin")), self.dtype)
+        return np.frombuffer(map_file(self._path(".bin"), shuffled=True), self.dtype)
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int32]:
         """(documents,) tokens of each document."""
-        return np.frombuffer(self._index, "<i4", count=self.info.documents, offset=HEADER.size)
+        return np.frombuffer(self._index, "<i4", count=self.n_documents, offset=HEADER.size)
 
     @cached_property
     def pointers(self) -> Integers:
         """(documents,) first byte of each document in `.bin`, ascending."""
-        return np.frombuffer(
-            self._index, "<i8", count=self.info.documents, offset=HEADER.size + 4 * self.info.documents
-        )
+        return np.frombuffer(self._index, "<i8", count=self.n_documents, offset=HEADER.size + 4 * self.n_documents)
 
     @cached_property
     def documents(self) -> npt.NDArray[Any]:
@@ -182,130 +183,57 @@ class Shard:
         return records
 
     @cached_property
+    def keep(self) -> npt.NDArray[np.bool_] | None:
+        """(documents,) which ones are part of the dataset; None: all. A bitmap beside the shard says so."""
+        if self.info.name + KEEP_SUFFIX not in self.info.files:
+            return None
+        packed = np.load(self._path(KEEP_SUFFIX), allow_pickle=False)
+        return np.unpackbits(packed, count=self.n_documents).view(np.bool_)
+
+    def starts(self, first: int, stop: int) -> Integers:
+        """(stop - first,) first token of each document in [first, stop)."""
+        return self.pointers[first:stop] // self.dtype.itemsize
+
+    def document_at(self, token: int) -> int:
+        """The document that holds `token`. O(log documents)."""
+        # The format puts the pointers at an odd address, and np.searchsorted would copy them all to align them.
+        return bisect_right(self.pointers, token * self.dtype.itemsize) - 1
+
+    def describe(self, document: int) -> DocumentInfo:
+        """Where a document came from and how long it is."""
+        record = self.documents[document]
+        earlier = self.info.continues if record["source"] == self.documents[0]["source"] else 0
+        return DocumentInfo(
+            source=self._inputs[int(record["source"])],
+            row=int(record["row"]) + earlier,
+            tokens=int(self.lengths[document]),
+            text_bytes=int(record["text_bytes"]),
+        )
+
+    @cached_property
     def _index(self) -> mmap.mmap | bytes:
-        return _map(self._path(".idx"))
+        return map_file(self._path(".idx"))
 
     def _path(self, suffix: str) -> Path:
         return self.folder / f"{self.info.name}{suffix}"
 
-    def document_at(self, token: int) -> int:
-        """Number of the document that holds `token`, both counted within this shard. O(log documents)."""
-        # The format puts the pointers at an odd address, and np.searchsorted would copy them all to align them.
-        return bisect_right(self.pointers, token * self.dtype.itemsize) - 1
+
+def keep_bytes(keep: npt.NDArray[np.bool_]) -> bytes:
+    """The content of `NAME.keep.npy` for a bitmap (documents,): bits in order, the first one highest in its byte."""
+    stream = io.BytesIO()
+    np.save(stream, np.packbits(keep), allow_pickle=False)
+    return stream.getvalue()
 
 
-def _map(path: Path) -> mmap.mmap | bytes:
-    """The file's bytes without reading them; an empty file cannot be mapped and is simply empty."""
+def map_file(path: Path, *, shuffled: bool = False) -> mmap.mmap | bytes:
+    """The file's bytes without reading them; an empty file cannot be mapped and is simply empty.
+
+    `shuffled`: it will be read here and there, so that reading ahead would be in vain.
+    """
     with path.open("rb") as file:
         if path.stat().st_size == 0:
             return b""
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-class TokenSplit:
-    """One split as one stream of tokens: its documents end to end, over all shards in order."""
-
-    def __init__(self, manifest: Manifest, shards: list[Shard], dtype: np.dtype[Any]) -> None:
-        self._manifest, self._shards, self._dtype = manifest, shards, dtype
-        self._token_starts = _starts([shard.info.tokens for shard in shards])
-        self._document_starts = _starts([shard.info.documents for shard in shards])
-        self.n_tokens = int(self._token_starts[-1])
-        self.n_documents = int(self._document_starts[-1])
-        self.text_bytes = sum(shard.info.text_bytes for shard in shards)
-
-    def tokens(self, start: int, stop: int) -> Tokens:
-        """Ids [start, stop) of the stream, (stop - start,) in the stored dtype; a view inside one shard."""
-        parts = [shard.tokens[a:b] for shard, _, a, b in self._overlapping(start, stop)]
-        if len(parts) == 1:
-            return parts[0]
-        return np.concatenate(parts) if parts else np.zeros(0, self._dtype)
-
-    def document_of(self, start: int, stop: int) -> Integers:
-        """Number of the document of each token in [start, stop), (stop - start,). O(documents touched)."""
-        parts = []
-        for shard, number, a, b in self._overlapping(start, stop):
-            first, last = shard.document_at(a), shard.document_at(b - 1)
-            inner_starts = shard.pointers[first + 1 : last + 1] // shard.dtype.itemsize
-            counts = np.diff(np.concatenate(([a], inner_starts, [b])))
-            parts.append(np.repeat(np.arange(first, last + 1) + self._document_starts[number], counts))
-        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
-
-    def describe(self, document: int) -> DocumentInfo:
-        """Where a document came from and how long it is."""
-        if not 0 <= document < self.n_documents:
-            raise IndexError(f"document {document} of {self.n_documents}")
-        number = int(np.searchsorted(self._document_starts, document, side="right")) - 1
-        shard, local = self._shards[number], document - int(self._document_starts[number])
-        record = shard.documents[local]
-        return DocumentInfo(
-            source=self._manifest.inputs[int(record["source"])].name,
-            row=int(record["row"]),
-            tokens=int(shard.lengths[local]),
-            text_bytes=int(record["text_bytes"]),
-        )
-
-    def shards(self) -> list[Shard]:
-        """The shards in order, for those who read them one by one."""
-        return list(self._shards)
-
-    def _overlapping(self, start: int, stop: int) -> list[tuple[Shard, int, int, int]]:
-        """(shard, its number, first and last-plus-one token within it) of every shard that [start, stop) touches."""
-        self._check_range(start, stop)
-        if start == stop:
-            return []
-        first = int(np.searchsorted(self._token_starts, start, side="right")) - 1
-        last = int(np.searchsorted(self._token_starts, stop, side="left"))
-        return [
-            (
-                self._shards[number],
-                number,
-                max(start - int(self._token_starts[number]), 0),
-                min(stop, int(self._token_starts[number + 1])) - int(self._token_starts[number]),
-            )
-            for number in range(first, last)
-        ]
-
-    def _check_range(self, start: int, stop: int) -> None:
-        if not 0 <= start <= stop <= self.n_tokens:
-            raise IndexError(f"tokens [{start}, {stop}) of a split of {self.n_tokens}")
-
-
-def _starts(counts: list[int]) -> Integers:
-    """(n + 1,) running totals, beginning with 0."""
-    return np.concatenate(([0], np.cumsum(np.array(counts, np.int64)))).astype(np.int64)
-
-
-class Dataset:
-    """A complete dataset as `data_prep.py` wrote it."""
-
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path, self.manifest = path, manifest
-        self.vocab_size, self.eos_id = manifest.vocab_size, manifest.eos_id
-        self.dtype: np.dtype[Any] = np.dtype(manifest.dtype).newbyteorder("<")
-        self.tokenizer_path = path / TOKENIZER_NAME
-        self.tokenizer_fingerprint = manifest.tokenizer_fingerprint
-        self.data_digest = manifest.data_digest
-        self._splits: dict[SplitName, TokenSplit] = {}
-
-    def split(self, name: SplitName) -> TokenSplit:
-        """The stream of a split; one without shards has no tokens."""
-        if name not in self._splits:
-            shards = [Shard(self.path, info, self.dtype) for info in self.manifest.splits.get(name, ())]
-            self._splits[name] = TokenSplit(self.manifest, shards, self.dtype)
-        return self._splits[name]
-
-
-def open_dataset(path: str | Path) -> Dataset:
-    """Open a dataset folder read-only.
-
-    Raises `UserError` for a missing, unfinished, foreign-version, truncated or altered dataset, naming
-    the file, what was expected and what was found. Contents are checked by `pipeline.data.audit.verify`.
-    """
-    folder = Path(path).expanduser()
-    dataset = Dataset(folder, read_manifest(folder))
-    if not dataset.tokenizer_path.exists():
-        raise UserError(f"{dataset.tokenizer_path} is missing; copy it from where the dataset was made")
-    for name in dataset.manifest.splits:
-        for shard in dataset.split(name).shards():
-            shard.check()
-    return dataset
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if shuffled and hasattr(mmap, "MADV_RANDOM"):
+        mapped.madvise(mmap.MADV_RANDOM)
+    return mapped

@@ -70,10 +70,10 @@ class TrainState(BaseModel):
 class CheckpointStore:
     """The checkpoints of one run."""
 
-    def __init__(self, folder: Path, config: Config, *, tokenizer_file: Path, runtime: Runtime) -> None:
+    def __init__(self, folder: Path, config: Config, *, tokenizer_json: bytes, runtime: Runtime) -> None:
         self.folder = folder
         self.config = config
-        self.tokenizer_file = tokenizer_file
+        self.tokenizer_json = tokenizer_json
         self.runtime = runtime
 
     def clean(self) -> None:
@@ -137,7 +137,7 @@ class CheckpointStore:
         (partial / "state.json").write_text(state.model_dump_json(indent=2) + "\n", encoding="utf-8")
         text = yaml.safe_dump(resolved(self.config), sort_keys=False)
         (partial / "config.yaml").write_text(text, encoding="utf-8")
-        shutil.copyfile(self.tokenizer_file, partial / "tokenizer.json")
+        (partial / "tokenizer.json").write_bytes(self.tokenizer_json)
         files = {str(path.relative_to(partial)): _fingerprint(path, sync=True) for path in _files(partial)}
         manifest = partial / "manifest.json"
         manifest.write_text(json.dumps({"format": FORMAT, "files": files}, indent=2) + "\n", encoding="utf-8")

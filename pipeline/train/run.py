@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from pipeline.config import Config, resolved
-from pipeline.data.shards import Dataset
+from pipeline.data.dataset import Dataset
 from pipeline.errors import UserError
 from pipeline.files import write_durably
 from pipeline.locks import locked
@@ -46,8 +46,8 @@ class Run:
         self.dataset = dataset
         self.runtime = runtime
         self.folder = Path(config.run_dir)
-        tokenizer = dataset.tokenizer_path
-        self.store = CheckpointStore(self.folder / "checkpoints", config, tokenizer_file=tokenizer, runtime=runtime)
+        tokenizer = dataset.tokenizer_json
+        self.store = CheckpointStore(self.folder / "checkpoints", config, tokenizer_json=tokenizer, runtime=runtime)
         self.record = Record(self.folder / "metrics.jsonl")
         self.console = ConsoleLine(runtime.console, total_steps=config.total_steps)
         self.trackers: Trackers | None = None

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.shards import open_dataset
+from pipeline.data.dataset import open_dataset
 
 ROOT = Path(__file__).parents[2]
 
