@@ -6,7 +6,7 @@ end to end, without those that a bitmap deletes. Reading writes nothing, takes n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,18 +54,23 @@ class TokenSplit:
     """One split as one stream of tokens: its documents end to end, over all parts in order.
 
     Deleted documents are no part of it: the stream consists of segments, runs of kept documents of one part.
-    Documents and tokens are numbered along the stream.
+    Documents and tokens are numbered along the stream. `text_bytes` may be a function, called when first asked.
     """
 
-    def __init__(self, parts: Sequence[Part], *, text_bytes: int, dtype: np.dtype[Any]) -> None:
+    def __init__(self, parts: Sequence[Part], *, text_bytes: int | Callable[[], int], dtype: np.dtype[Any]) -> None:
         self.parts = tuple(parts)
-        self.text_bytes = text_bytes
+        self._text_bytes = text_bytes
         self._dtype = dtype
         runs = [_segments(part) for part in self.parts]
         self._part = np.repeat(np.arange(len(runs)), [len(run) for run in runs])
         self._segments = np.concatenate(runs) if runs else np.zeros(0, _SEGMENT)
         self._token_starts = _running(self._segments["stop"] - self._segments["start"])
         self.n_tokens = int(self._token_starts[-1])
+
+    @cached_property
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of the text of all documents."""
+        return self._text_bytes if isinstance(self._text_bytes, int) else self._text_bytes()
 
     @property
     def n_documents(self) -> int:
@@ -92,6 +97,16 @@ class TokenSplit:
         if len(parts) == 1:
             return parts[0]
         return np.concatenate(parts) if parts else np.zeros(0, self._dtype)
+
+    def ranges(self, starts: Integers, stops: Integers) -> Iterator[Tokens]:
+        """The same for many ranges, starts and stops (n,), found together: a millionth of a second each."""
+        segments = np.searchsorted(self._token_starts, starts, side="right") - 1
+        segments = np.minimum(segments, len(self._segments) - 1)
+        shifts = self._segments["start"][segments] - self._token_starts[segments]
+        inside = (starts >= 0) & (starts <= stops) & (stops <= self._token_starts[segments + 1])
+        found = (inside.tolist(), self._part[segments].tolist(), shifts.tolist(), starts.tolist(), stops.tolist())
+        for whole, part, shift, start, stop in zip(*found, strict=True):
+            yield self.parts[part].tokens[start + shift : stop + shift] if whole else self.tokens(start, stop)
 
     def document_of(self, start: int, stop: int) -> Integers:
         """Number of the document of each token in [start, stop), (stop - start,). O(documents touched)."""
@@ -154,7 +169,8 @@ def _running(counts: Integers) -> Integers:
 class Dataset:
     """What a run trains on: splits, and the tokenizer that its ids belong to.
 
-    `tokenizer_json` is the content of its `tokenizer.json`; `data_digest` identifies the token streams.
+    `tokenizer_json` is the content of its `tokenizer.json`; `data_digest` identifies the token streams;
+    `notes` are what a user should know of the data before training on it.
     """
 
     def __init__(
@@ -167,11 +183,12 @@ class Dataset:
         tokenizer_json: bytes,
         tokenizer_fingerprint: str,
         data_digest: str,
+        notes: tuple[str, ...] = (),
     ) -> None:
         self.path = path
         self.vocab_size, self.eos_id = vocab_size, eos_id
         self.tokenizer_json, self.tokenizer_fingerprint = tokenizer_json, tokenizer_fingerprint
-        self.data_digest = data_digest
+        self.data_digest, self.notes = data_digest, notes
         self._splits = splits
 
     def split(self, name: SplitName) -> TokenSplit:
