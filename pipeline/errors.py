@@ -1,6 +1,6 @@
 """What a user can get wrong, told in one message.
 
-In: any exception. Out: exit code 0 (done), 2 (the user's to mend, one message, no traceback), 130 (Ctrl-C) or
+In: any exception. Out: exit code 0 (done), 1 (done in part, `Unfinished`), 2 (the user's to mend, one message, no traceback), 130 (Ctrl-C) or
 a traceback (ours to mend). `StoppedEarly` is none of these: the run was asked to stop and can be continued.
 """
 
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 
+EXIT_UNFINISHED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again to go on
@@ -17,6 +18,10 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again to go
 
 class UserError(ValueError):
     """A mistake in input, configuration or surroundings: says wanted, got and what to do."""
+
+
+class Unfinished(Exception):  # noqa: N818 - not an error of this program
+    """What could be done is done and kept; the message names the rest and says how to go on."""
 
 
 class StoppedEarly(Exception):  # noqa: N818 - not an error
@@ -36,6 +41,9 @@ def run_command(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_USER_ERROR) from None
+    except Unfinished as rest:
+        print(f"unfinished: {rest}", file=sys.stderr)
+        raise SystemExit(EXIT_UNFINISHED) from None
     except StoppedEarly as stop:
         print(str(stop), file=sys.stderr)
         raise SystemExit(EXIT_STOPPED) from None

@@ -9,9 +9,12 @@ import os
 from pathlib import Path
 
 
-def write_durably(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` in one step that survives a power cut once the folder is synced too."""
-    temporary = path.with_name(path.name + ".tmp")
+def write_durably(path: Path, content: bytes, *, writer: str = "") -> None:
+    """Replace `path` by `content` in one step that survives a power cut once the folder is synced too.
+
+    Writers that may write the same file at the same time have different names: each has its temporary file.
+    """
+    temporary = path.with_name(f"{path.name}{writer}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(content)

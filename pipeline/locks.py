@@ -21,14 +21,16 @@ LOCK_NAME = ".lock"
 
 
 @contextmanager
-def locked(folder: Path, *, ask_of_other_hosts: bool) -> Iterator[None]:
+def locked(folder: Path, *, ask_of_other_hosts: bool, name: str = LOCK_NAME) -> Iterator[None]:
     """Hold the folder against a second process; a lock whose process died is simply taken.
+
+    Processes that share a folder by agreement lock different names in it.
 
     Raises `UserError` naming the holder's pid, host and start. Some file systems do not carry locks between
     hosts: with `ask_of_other_hosts` a file left by another host is refused too until it is removed. Without, a job
     that was killed there and queued again here goes on by itself.
     """
-    path = folder / LOCK_NAME
+    path = folder / name
     descriptor = _acquire(path, ask_of_other_hosts=ask_of_other_hosts)
     holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now(UTC).isoformat("T", "seconds")}
     try:
@@ -37,6 +39,23 @@ def locked(folder: Path, *, ask_of_other_hosts: bool) -> Iterator[None]:
         yield
     finally:
         path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def refuse_held(folder: Path) -> None:
+    """Raise `UserError` when another process holds the folder, without holding it ourselves."""
+    path = folder / LOCK_NAME
+    if not path.exists():
+        return
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        holder = _holder(descriptor)
+        if holder.get("host", socket.gethostname()) != socket.gethostname():
+            raise UserError(_busy(path, holder) + f"; if that process is gone, remove {path}")
+    except OSError:
+        raise UserError(_busy(path, _holder(descriptor))) from None
+    finally:
         os.close(descriptor)
 
 

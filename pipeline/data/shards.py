@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from secrets import token_hex
 from types import TracebackType
 from typing import Any, Self
 
@@ -50,9 +51,11 @@ class ShardWriter:
         self.dtype = token_dtype(vocab_size)
         self._lengths: list[npt.NDArray[np.int32]] = []
         self._documents: list[npt.NDArray[Any]] = []
-        self._tokens = 0
+        self.n_tokens = 0
         self._checksum = xxhash.xxh3_128()
-        self._temporary = folder / f"{name}.bin.tmp"
+        # a second writer of the same shard (on a cluster, one given up for dead too early) has other temporaries
+        self._writer = "." + token_hex(4)
+        self._temporary = folder / f"{name}.bin{self._writer}.tmp"
         self._file = self._temporary.open("wb")
 
     def __enter__(self) -> Self:
@@ -76,12 +79,12 @@ class ShardWriter:
                 f"{self.name}: token id {found} is outside the vocabulary of {self.vocab_size}; "
                 "the tokenizer contradicts itself, use another file"
             )
-        content = ids.astype(self.dtype).tobytes()
-        self._file.write(content)
-        self._checksum.update(content)
+        content = np.ascontiguousarray(ids, self.dtype)
+        self._file.write(content.data)
+        self._checksum.update(content.data)
         self._lengths.append(lengths.astype(np.int32))
         self._documents.append(documents.astype(DOCUMENT_DTYPE))
-        self._tokens += len(ids)
+        self.n_tokens += len(ids)
 
     def commit(self) -> ShardInfo | None:
         """Make the shard durable under its final names; a shard without documents is not written (None)."""
@@ -96,18 +99,18 @@ class ShardWriter:
         np.save(stream, documents, allow_pickle=False)
         index = _index_bytes(lengths, self.dtype)
         files = {
-            f"{self.name}.bin": FileInfo(size=self._tokens * self.dtype.itemsize, checksum=self._checksum.hexdigest()),
+            f"{self.name}.bin": FileInfo(size=self.n_tokens * self.dtype.itemsize, checksum=self._checksum.hexdigest()),
             f"{self.name}.idx": describe_content(index),
             f"{self.name}.docs.npy": describe_content(stream.getvalue()),
         }
         self._temporary.replace(self.folder / f"{self.name}.bin")
-        write_durably(self.folder / f"{self.name}.docs.npy", stream.getvalue())
-        write_durably(self.folder / f"{self.name}.idx", index)  # the commit point: no index, no shard
+        write_durably(self.folder / f"{self.name}.docs.npy", stream.getvalue(), writer=self._writer)
+        write_durably(self.folder / f"{self.name}.idx", index, writer=self._writer)  # the commit point: no index, no shard
         fsync_folder(self.folder)
         return ShardInfo(
             name=self.name,
             documents=len(lengths),
-            tokens=self._tokens,
+            tokens=self.n_tokens,
             text_bytes=int(documents["text_bytes"].sum()),
             files=files,
         )
