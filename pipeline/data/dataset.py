@@ -6,7 +6,7 @@ end to end, without those that a bitmap deletes. Reading writes nothing, takes n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol

@@ -1,9 +1,8 @@
 """Batches as a pure function of (seed, data, row): nothing to save, nothing to replay.
 
-In: a `TokenSplit` and a row number. Out: this rank's micro-batches of the global batch that starts there.
-A row is a window of T + 1 tokens; windows overlap by one token, so each token is a target exactly once per
-epoch. Row g of training is window `permutation(g mod n)` of epoch `g div n`, whatever the number of ranks,
-the micro-batch or the planned length of the run.
+In: a source of rows, numbered from 0 for ever, and a row number. Out: this rank's micro-batches of the global batch
+that starts there. Which row comes next depends neither on the number of ranks, nor on the micro-batch, nor on the
+planned length of the run.
 """
 
 from __future__ import annotations
@@ -11,120 +10,117 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any, Self
+from typing import Protocol, Self
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 
 from pipeline.config import Config
-from pipeline.data.dataset import Dataset, TokenSplit
-from pipeline.data.objectives import IGNORED, Batch, make_batch
+from pipeline.data.dataset import Dataset
+from pipeline.data.objectives import Batch, make_batch
+from pipeline.data.order import Indices, permute, share
+from pipeline.data.rows import IGNORED, Concat, Origin, Plan, Rows
 from pipeline.errors import UserError
 from pipeline.seeds import named_seed
 
-Indices = NDArray[np.int64]
 PREFETCHED = 2  # steps read ahead: one hides the reading, the second its jitter
 
 
-def permute(indices: Indices, *, n: int, key: int) -> Indices:
-    """Where a keyed bijection of 0..n-1 sends `indices`: a shuffle in O(1) memory.
+class RowSource(Protocol):
+    """Rows numbered from 0: for ever in training, once through in validation."""
 
-    A Feistel network over the smallest power of two that holds n (at least 16, so that tiny n are mixed
-    too), walked until the result is below n again (Black and Rogaway 2002, "Ciphers with arbitrary finite
-    domains"). `(n - 1).bit_length()` is exact where a floating-point logarithm is not.
-    """
-    bits = max((n - 1).bit_length(), 4)
-    result = _feistel(indices.astype(np.uint64), bits=bits, key=key)
-    while (outside := result >= n).any():
-        result[outside] = _feistel(result[outside], bits=bits, key=key)
-    return result.astype(np.int64)
+    def read(self, rows: Indices, *, documents: bool) -> Rows:
+        """Rows number `rows` (B,). `documents`: also tell which document each position is of."""
+
+    def describe(self, row: int) -> list[Origin]:
+        """Where everything in a row comes from, in order."""
 
 
-def _feistel(values: NDArray[np.uint64], *, bits: int, key: int, rounds: int = 6) -> NDArray[np.uint64]:
-    """Unbalanced network: an even number of rounds brings the two halves back to their widths."""
-    left_bits, right_bits = bits // 2, bits - bits // 2
-    left, right = values >> np.uint64(right_bits), values & np.uint64((1 << right_bits) - 1)
-    for number in range(rounds):
-        mask = np.uint64((1 << left_bits) - 1)
-        left, right = right, left ^ (_mix(right, key=named_seed(key, "round", number)) & mask)
-        left_bits, right_bits = right_bits, left_bits
-    return (left << np.uint64(right_bits)) | right
+class Shuffled:
+    """The rows of one plan, epoch after epoch, each in an order of its own drawn from (seed, data digest, epoch)."""
+
+    def __init__(self, plan: Plan, *, name: str, seed: int, data_digest: str) -> None:
+        assert plan.rows > 0, f"{name} does not fill one row"
+        self.plan, self.name, self.seed, self.data_digest = plan, name, seed, data_digest
+
+    def read(self, rows: Indices, *, documents: bool) -> Rows:
+        """As `RowSource.read`."""
+        return self.plan.read(*self.locate(rows), documents=documents)
+
+    def locate(self, rows: Indices) -> tuple[Indices, Indices]:
+        """Row of the plan, and epoch, of each of `rows` (B,)."""
+        epochs, places = np.divmod(rows, self.plan.rows)
+        different, which = np.unique(epochs, return_inverse=True)
+        keys = [named_seed(self.seed, "order", self.data_digest, epoch) for epoch in different.tolist()]
+        key = np.array(keys, dtype=np.uint64)
+        return permute(places, n=self.plan.rows, key=key if len(key) == 1 else key[which]), epochs
+
+    def describe(self, row: int) -> list[Origin]:
+        """As `RowSource.describe`."""
+        places, epochs = self.locate(np.array([row]))
+        return origins(self.plan, name=self.name, row=int(places[0]), epoch=int(epochs[0]))
 
 
-def _mix(values: NDArray[np.uint64], *, key: int) -> NDArray[np.uint64]:
-    """SplitMix64's finaliser (Steele et al. 2014) of value + key; unsigned arithmetic wraps by intent."""
-    mixed = values + np.uint64(key)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
+class Fixed:
+    """The rows of one plan as they stand, the last one padded: for validation."""
+
+    def __init__(self, plan: Plan, *, name: str) -> None:
+        self.plan, self.name = plan, name
+
+    def read(self, rows: Indices, *, documents: bool) -> Rows:
+        """As `RowSource.read`."""
+        return self.plan.read(rows, np.zeros_like(rows), documents=documents)
+
+    def describe(self, row: int) -> list[Origin]:
+        """As `RowSource.describe`."""
+        return origins(self.plan, name=self.name, row=row, epoch=0)
 
 
-def share(total: int, *, part: int, parts: int) -> range:
-    """Contiguous share number `part` of 0..total-1 among `parts`; sizes differ by at most one."""
-    return range(total * part // parts, total * (part + 1) // parts)
-
-
-class Windows:
-    """A split seen as rows of `context_length` + 1 tokens."""
-
-    def __init__(self, split: TokenSplit, *, context_length: int) -> None:
-        self.split = split
-        self.context_length = context_length
-        self.targets = max(split.n_tokens - 1, 0)
-        self.full_rows = self.targets // context_length
-        self.all_rows = -(-self.targets // context_length)
-
-    def tokens(self, rows: Indices) -> Indices:
-        """Token ids (len(rows), T + 1); -100 beyond the end of the data."""
-        return self._gather(rows, self.split.tokens)
-
-    def documents(self, rows: Indices) -> Indices:
-        """The number of the document of each of those tokens."""
-        return self._gather(rows, self.split.document_of)
-
-    def _gather(self, rows: Indices, read: Callable[[int, int], NDArray[Any]]) -> Indices:
-        width = self.context_length + 1
-        gathered = np.full((len(rows), width), IGNORED, dtype=np.int64)
-        for place, row in enumerate(rows.tolist()):
-            start = row * self.context_length
-            stop = min(start + width, self.split.n_tokens)
-            gathered[place, : stop - start] = read(start, stop)
-        return gathered
+def origins(plan: Plan, *, name: str, row: int, epoch: int) -> list[Origin]:
+    """Where everything in a row of `plan` comes from; `name` is what its dataset is called."""
+    described = ((span, plan.split.describe(span.document)) for span in plan.spans(row, epoch))
+    return [Origin(name, epoch, row=row, span=span, info=info) for span, info in described]
 
 
 @dataclass(frozen=True)
 class RankBatch:
-    """One rank's part of a global batch: its micro-batches, and where their rows came from."""
+    """One rank's part of a global batch: its micro-batches, and the numbers of their rows."""
 
     first_row: int
     micro_batches: list[Batch]
-    windows: list[Indices]
+    rows: list[Indices]
+
+    @property
+    def windows(self) -> list[Indices]:
+        """Former name of `rows`; goes when its readers have changed."""
+        return self.rows
+
+    def to(self, device: torch.device) -> RankBatch:
+        """The same on `device`."""
+        return replace(self, micro_batches=[part.to(device) for part in self.micro_batches])
 
 
 class Loader:
-    """Rows of one split, cut into global batches, ranks and micro-batches.
+    """Rows of a source, cut into global batches, ranks and micro-batches.
 
     Every rank gets the same number of micro-batches, computed and not discovered; where the rows do not
     divide, sizes differ by one, and a rank left without rows gets one that has no targets.
     """
 
-    def __init__(
-        self,
-        windows: Windows,
-        config: Config,
-        *,
-        order: Callable[[Indices], Indices],
-        rank: int,
-        world_size: int,
-    ) -> None:
-        self.windows = windows
+    def __init__(self, source: RowSource, config: Config, *, rank: int, world_size: int) -> None:
+        self.source = source
         self.config = config
-        self.order = order
         self.rank = rank
         self.world_size = world_size
         self.micro_batch = config.train.micro_batch
+
+    @property
+    def windows(self) -> Plan:
+        """Former way to the plan; goes when its readers have changed."""
+        plan: Plan = self.source.plan  # type: ignore[attr-defined]
+        return plan
 
     def accumulation(self, rows: int) -> int:
         """Micro-batches per rank for a global batch of `rows`."""
@@ -134,86 +130,92 @@ class Loader:
     def batch(self, first_row: int, rows: int) -> RankBatch:
         """This rank's part of the global batch of rows [first_row, first_row + rows)."""
         mine = share(rows, part=self.rank, parts=self.world_size)
+        numbers = first_row + np.arange(mine.start, mine.stop)
         count = self.accumulation(rows)
-        micro_batches, sources = [], []
-        for number in range(count):
-            part = share(len(mine), part=number, parts=count)
-            numbers = first_row + mine.start + np.arange(part.start, part.stop, dtype=np.int64)
-            windows = self.order(numbers)
-            micro_batches.append(self._assemble(windows))
-            sources.append(windows)
-        return RankBatch(first_row=first_row, micro_batches=micro_batches, windows=sources)
-
-    def _assemble(self, windows: Indices) -> Batch:
-        rows = windows if len(windows) else np.zeros(1, dtype=np.int64)
-        tokens = self.windows.tokens(rows)
-        if not len(windows):
-            tokens[:, 1:] = IGNORED
+        parts = [share(len(mine), part=number, parts=count) for number in range(count)]
         data = self.config.data
         asked = data.document_mask or not data.cross_document_targets  # finding documents costs as much as reading
-        documents = self.windows.documents(rows) if asked else None
-        return make_batch(tokens, documents, objective=self.config.objective, data=data)
+        # all at once: finding rows costs the same for one and for hundreds
+        read = self.source.read(numbers if len(mine) else np.array([first_row]), documents=asked)
+        return RankBatch(
+            first_row=first_row,
+            micro_batches=[self._assemble(read, part) for part in parts],
+            rows=[numbers[part.start : part.stop] for part in parts],
+        )
 
-    def sources(self, windows: Indices) -> list[str]:
-        """The documents that these windows touch, as "source, row N"; to name what a step trained on."""
-        found = np.unique(self.windows.documents(windows))
-        described = (self.windows.split.describe(document) for document in found[found >= 0].tolist())
-        return [f"{info.source}, row {info.row}" for info in described]
+    def _assemble(self, read: Rows, part: range) -> Batch:
+        if len(part):
+            rows = read[part.start : part.stop]
+        else:
+            rows = replace(read[:1], labels=np.full_like(read.labels[:1], IGNORED))
+        return make_batch(rows, objective=self.config.objective, data=self.config.data)
+
+    def sources(self, rows: Indices) -> list[str]:
+        """The documents that these rows touch, as "source, row N"; to name what a step trained on."""
+        found = (origin.info for row in rows.tolist() for origin in self.source.describe(row))
+        return list(dict.fromkeys(f"{info.source}, row {info.row}" for info in found))
 
 
 def training_loader(dataset: Dataset, config: Config, *, rank: int, world_size: int) -> Loader:
     """Rows of the train split in an order drawn from (seed, data digest), a new one each epoch.
 
-    The last partial window of an epoch is left out. Errors: a split with less than one full window.
+    The last partial row of an epoch is left out. Errors: a split with less than one full row.
     """
     context_length = config.model.context_length
-    windows = Windows(dataset.split("train"), context_length=context_length)
-    n = windows.full_rows
-    if n == 0:
+    plan = Concat(dataset.split("train"), context_length=context_length)
+    if plan.rows == 0:
         raise UserError(
-            f"{dataset.path} has {windows.split.n_tokens} training tokens, one window needs {context_length + 1}: "
+            f"{dataset.path} has {plan.split.n_tokens} training tokens, one row needs {context_length + 1}: "
             f"prepare more text or lower model.context_length"
         )
-
-    def order(rows: Indices) -> Indices:
-        shuffled = np.empty_like(rows)
-        for epoch in np.unique(rows // n).tolist():
-            inside = rows // n == epoch
-            key = named_seed(config.seed, "order", dataset.data_digest, epoch)
-            shuffled[inside] = permute(rows[inside] % n, n=n, key=key)
-        return shuffled
-
-    return Loader(windows, config, order=order, rank=rank, world_size=world_size)
+    source = Shuffled(plan, name=str(dataset.path), seed=config.seed, data_digest=dataset.data_digest)
+    return Loader(source, config, rank=rank, world_size=world_size)
 
 
 def validation_loader(dataset: Dataset, config: Config, *, rank: int, world_size: int) -> Loader | None:
     """Rows of the val split as they stand, the last one padded: every token once. None: there is no such split."""
-    windows = Windows(dataset.split("val"), context_length=config.model.context_length)
-    if windows.targets == 0:
+    plan = Concat(dataset.split("val"), context_length=config.model.context_length)
+    if plan.all_rows == 0:
         return None
-    return Loader(windows, config, order=lambda rows: rows, rank=rank, world_size=world_size)
+    return Loader(Fixed(plan, name=str(dataset.path)), config, rank=rank, world_size=world_size)
 
 
 class Prefetcher:
-    """Reads global batches ahead on a thread; an error there is raised where its batch is taken."""
+    """Reads global batches ahead on a thread; an error there is raised where its batch is taken.
 
-    def __init__(self, loader: Loader, *, first_row: int, rows: int) -> None:
+    schedule: step -> first row and number of rows of its global batch. device: where batches are wanted. For CUDA they
+    are copied ahead too, on a stream of their own, so that neither host nor device waits for a copy.
+    """
+
+    def __init__(
+        self,
+        loader: Loader,
+        *,
+        schedule: Callable[[int], tuple[int, int]],
+        first_step: int,
+        device: torch.device | None = None,
+    ) -> None:
         self.loader = loader
-        self.rows = rows
-        self.next_row = first_row
+        self.schedule = schedule
+        self.next_step = first_step
         self.wait_seconds = 0.0
+        self._device = device if device is not None and device.type == "cuda" else None
+        self._stream = None if self._device is None else torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call] # torch's
+
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
-        self._ahead: deque[Future[RankBatch]] = deque()
+        self._ahead: deque[Future[tuple[RankBatch, torch.cuda.Event | None]]] = deque()
 
     def __iter__(self) -> Iterator[RankBatch]:
         """Batches without end; `wait_seconds` is what the last one kept its taker waiting."""
         while True:
             while len(self._ahead) <= PREFETCHED:
-                self._ahead.append(self._thread.submit(self.loader.batch, self.next_row, self.rows))
-                self.next_row += self.rows
+                self._ahead.append(self._thread.submit(self._read, self.next_step))
+                self.next_step += 1
             began = perf_counter()
-            batch = self._ahead.popleft().result()
+            batch, copied = self._ahead.popleft().result()
             self.wait_seconds = perf_counter() - began
+            if copied is not None:
+                self._hand_over(batch, copied)
             yield batch
 
     def __enter__(self) -> Self:
@@ -223,3 +225,28 @@ class Prefetcher:
     def __exit__(self, *error: object) -> None:
         """Stop reading ahead."""
         self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _read(self, step: int) -> tuple[RankBatch, torch.cuda.Event | None]:
+        first_row, rows = self.schedule(step)
+        try:
+            batch = self.loader.batch(first_row, rows)
+        except OSError as error:
+            raise UserError(
+                f"rows {first_row} to {first_row + rows - 1} (step {step}) cannot be read: {error}; "
+                f"see that the disk is there and whole, then run the same command again"
+            ) from error
+        except Exception as error:
+            error.add_note(f"while reading rows {first_row} to {first_row + rows - 1} of step {step}")
+            raise
+        if self._stream is None or self._device is None:
+            return batch, None
+        with torch.cuda.stream(self._stream):
+            return batch.to(self._device), self._stream.record_event()
+
+    def _hand_over(self, batch: RankBatch, copied: torch.cuda.Event) -> None:
+        """Let the taker's stream wait for the copies, and their memory for the taker's stream."""
+        taker = torch.cuda.current_stream(self._device)
+        taker.wait_event(copied)
+        for part in batch.micro_batches:
+            for tensor in (part.labels, *part.inputs.values()):
+                tensor.record_stream(taker)

@@ -1,7 +1,6 @@
-"""What a window of tokens teaches: from windows to the model's inputs and labels.
+"""What a row of tokens teaches: from rows to the model's inputs and labels.
 
-In: windows of T + 1 token ids and the documents they come from. Out: a `Batch`. One function per
-objective; the training step knows none of them.
+In: `Rows` of a plan. Out: a `Batch`. One function per objective; the training step knows none of them.
 """
 
 from __future__ import annotations
@@ -10,69 +9,63 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.config import DataConfig, ObjectiveConfig
-
-IGNORED = -100  # as a label: nothing to predict here; as a token of a window: beyond the end of the data
+from pipeline.data.rows import IGNORED, Rows
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward pass. `inputs` are exactly the model's keyword arguments; labels (B, T) with -100 ignored."""
+    """One forward pass. `inputs` are exactly the model's keyword arguments; labels (B, T) with -100 ignored.
+
+    targets: how many labels count; known from the start, so that no device is waited for.
+    """
 
     inputs: dict[str, Tensor]
     labels: Tensor
-
-    @property
-    def targets(self) -> int:
-        """Number of labels that count; on the host, so that no device is waited for."""
-        return int((self.labels != IGNORED).sum())
+    targets: int
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`."""
-        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
-        return Batch(inputs=inputs, labels=self.labels.to(device, non_blocking=True))
+        """The same batch on `device`. To CUDA the host does not wait: the copies are made in the stream's turn."""
+        inputs = {name: _moved(tensor, device) for name, tensor in self.inputs.items()}
+        return Batch(inputs=inputs, labels=_moved(self.labels, device), targets=self.targets)
 
 
-def make_batch(
-    windows: NDArray[np.int64], documents: NDArray[np.int64] | None, *, objective: ObjectiveConfig, data: DataConfig
-) -> Batch:
-    """Windows and the document number of each of their tokens, both (B, T + 1), to what `objective` teaches.
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        # A copy from pageable memory would wait. Pinned blocks are used again only when copies from them are done.
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
-    Without `documents` neither a mask nor labels at document boundaries can be asked for.
+
+def make_batch(rows: Rows, *, objective: ObjectiveConfig, data: DataConfig) -> Batch:
+    """Rows (B, T) to what `objective` teaches.
+
+    Rows without `documents` can give neither a mask nor labels at document boundaries.
     """
     kinds = {"causal": causal}
     return kinds[objective.kind](
-        windows,
-        documents,
-        document_mask=data.document_mask,
-        cross_document_targets=data.cross_document_targets,
+        rows, document_mask=data.document_mask, cross_document_targets=data.cross_document_targets
     )
 
 
-def causal(
-    windows: NDArray[np.int64],
-    documents: NDArray[np.int64] | None,
-    *,
-    document_mask: bool,
-    cross_document_targets: bool,
-) -> Batch:
-    """Predict each token from those before it: windows and their document numbers (B, T + 1) -> (B, T).
+def causal(rows: Rows, *, document_mask: bool, cross_document_targets: bool) -> Batch:
+    """Predict each token from those before it.
 
     With `document_mask` the inputs carry `documents`, within which attention stays. Without
     `cross_document_targets` the first token of a document is no target: nothing before it tells of it.
     """
-    tokens = np.maximum(windows[:, :-1], 0)  # padding becomes token 0, whose label is ignored
-    labels = windows[:, 1:].copy()
-    inputs = {"tokens": torch.from_numpy(tokens)}
-    if documents is None:
-        assert cross_document_targets, "targets at document boundaries are to be left out but not known"
-        assert not document_mask, "attention is to stay within documents that are not known"
-        return Batch(inputs=inputs, labels=torch.from_numpy(labels))
-    if not cross_document_targets:
-        labels[documents[:, 1:] != documents[:, :-1]] = IGNORED
+    labels = rows.labels
+    inputs = {"tokens": torch.from_numpy(rows.tokens)}
+    if rows.positions is not None:
+        inputs["positions"] = torch.from_numpy(rows.positions)
     if document_mask:
-        inputs["documents"] = torch.from_numpy(documents[:, :-1].copy())
-    return Batch(inputs=inputs, labels=torch.from_numpy(labels))
+        assert rows.documents is not None, "attention is to stay within documents that are not known"
+        inputs["documents"] = torch.from_numpy(rows.documents)
+    if not cross_document_targets:
+        assert rows.documents is not None, "targets at document boundaries are to be left out but not known"
+        if rows.crossing is not None:
+            labels = np.where(rows.crossing, IGNORED, labels)
+    targets = int(np.count_nonzero(labels != IGNORED))
+    return Batch(inputs=inputs, labels=torch.from_numpy(labels), targets=targets)
