@@ -26,7 +26,10 @@ class Part(Protocol):
     """A file of tokens and the documents in it, end to end; both count from 0. `Shard` is one."""
 
     n_tokens: int
-    n_documents: int
+
+    @property
+    def n_documents(self) -> int:
+        """How many there are; may have to read the file."""
 
     @property
     def tokens(self) -> Tokens:
