@@ -20,7 +20,7 @@ from pipeline.files import fsync_folder, write_durably
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
-KEEP_SUFFIX = ".keep.npy"
+BitmapKind = Literal["keep", "duplicates", "contaminated"]
 SplitName = Literal["train", "val"]
 SPLITS: tuple[SplitName, ...] = ("train", "val")
 
@@ -47,7 +47,7 @@ class Counts(_Record):
 class ShardInfo(_Record):
     """One shard, `NAME.bin`, `NAME.idx` and `NAME.docs.npy`; `files` is keyed by file name.
 
-    `deleted` is what of `documents`, `tokens` and `text_bytes` the bitmap `NAME.keep.npy`, where there is one,
+    `deleted` is what of `documents`, `tokens` and `text_bytes` the bitmap `keep`, where there is one,
     takes out of the dataset. `continues` are the rows of the first document's source that earlier units hold.
     """
 
@@ -62,6 +62,10 @@ class ShardInfo(_Record):
     def file(self, suffix: str) -> FileInfo:
         """The entry of `NAME<suffix>`; suffixes are `.bin`, `.idx`, `.docs.npy`."""
         return self.files[self.name + suffix]
+
+    def bitmap(self, kind: BitmapKind) -> str | None:
+        """The file `NAME.<kind>-<digest of its content>.npy`, where there is one."""
+        return next((name for name in self.files if name.startswith(f"{self.name}.{kind}-")), None)
 
 
 class InputInfo(_Record):
@@ -145,8 +149,8 @@ def data_digest(splits: Mapping[SplitName, Sequence[ShardInfo]], *, tokenizer_fi
 
 
 def _kept(shard: ShardInfo) -> str | None:
-    bitmap = shard.files.get(shard.name + KEEP_SUFFIX)
-    return bitmap.checksum if bitmap else None
+    bitmap = shard.bitmap("keep")
+    return shard.files[bitmap].checksum if bitmap else None
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from pipeline.data.manifest import KEEP_SUFFIX, FileInfo, ShardInfo
+from pipeline.data.manifest import BitmapKind, FileInfo, ShardInfo
 from pipeline.errors import UserError
 from pipeline.files import fsync_folder, write_durably
 
@@ -188,9 +188,14 @@ class Shard:
     @cached_property
     def keep(self) -> npt.NDArray[np.bool_] | None:
         """(documents,) which ones are part of the dataset; None: all. A bitmap beside the shard says so."""
-        if self.info.name + KEEP_SUFFIX not in self.info.files:
+        return self.bitmap("keep")
+
+    def bitmap(self, kind: BitmapKind) -> npt.NDArray[np.bool_] | None:
+        """(documents,) which ones stay, for one reason to delete (or all, `keep`); None: all of them."""
+        name = self.info.bitmap(kind)
+        if name is None:
             return None
-        packed = np.load(self._path(KEEP_SUFFIX), allow_pickle=False)
+        packed = np.load(self.folder / name, allow_pickle=False)
         return np.unpackbits(packed, count=self.n_documents).view(np.bool_)
 
     def starts(self, first: int, stop: int) -> Integers:
@@ -222,7 +227,7 @@ class Shard:
 
 
 def keep_bytes(keep: npt.NDArray[np.bool_]) -> bytes:
-    """The content of `NAME.keep.npy` for a bitmap (documents,): bits in order, the first one highest in its byte."""
+    """The content of the file of a bitmap (documents,): bits in order, the first one highest in its byte."""
     stream = io.BytesIO()
     np.save(stream, np.packbits(keep), allow_pickle=False)
     return stream.getvalue()
