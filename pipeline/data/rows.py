@@ -128,28 +128,28 @@ class Concat:
 
     def read(self, rows: Indices, epochs: Indices, *, documents: bool) -> Rows:
         """As `Plan.read`; every epoch has the same rows."""
-        width = self.context_length + 1
-        starts = rows * self.context_length
-        stops = np.minimum(starts + width, self.split.n_tokens)
-        windows = np.empty((len(rows), width), dtype=self.split.tokens(0, 0).dtype)
-        for window, ids in zip(windows, self.split.ranges(starts, stops), strict=True):
-            window[: len(ids)] = ids
-        tokens, labels = windows[:, :-1].astype(np.int64), windows[:, 1:].astype(np.int64)
-        for row in np.flatnonzero(stops - starts < width).tolist():
-            held = int(stops[row] - starts[row])
-            tokens[row, held:], labels[row, held - 1 :] = 0, IGNORED
+        T = self.context_length
+        starts = rows * T
+        lengths = np.minimum(starts + T, self.split.n_tokens - 1) - starts
+        shape = (len(rows), T)
+        tokens, labels = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
+        found = self.split.ranges(starts, starts + lengths + 1)
+        for row, (length, ids) in enumerate(zip(lengths.tolist(), found, strict=True)):
+            tokens[row, :length], labels[row, :length] = ids[:-1], ids[1:]
+            if length < T:
+                tokens[row, length:], labels[row, length:] = 0, IGNORED
         if not documents:
             return Rows(tokens, labels, documents=None, positions=None)
-        numbers = np.full(windows.shape, PADDING, dtype=np.int64)
-        for row, (start, stop) in enumerate(zip(starts.tolist(), stops.tolist(), strict=True)):
-            numbers[row, : stop - start] = self.split.document_of(start, stop)
+        numbers = np.full((len(rows), T + 1), PADDING, dtype=np.int64)
+        for row, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+            numbers[row, : length + 1] = self.split.document_of(start, start + length + 1)
         crossing = numbers[:, 1:] != numbers[:, :-1]
         return Rows(tokens, labels, documents=numbers[:, :-1].copy(), positions=None, crossing=crossing)
 
     def spans(self, row: int, epoch: int) -> list[Span]:
         """As `Plan.spans`."""
         start = row * self.context_length
-        numbers = self.split.document_of(start, min(start + self.context_length, self.split.n_tokens))
+        numbers = self.split.document_of(start, min(start + self.context_length, self.split.n_tokens - 1))
         edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
         return [Span(int(numbers[a]), start + a, b - a, place=a) for a, b in pairwise(edges)]
 
@@ -185,17 +185,19 @@ class Pack:
         """As `Plan.read`; no label begins a document."""
         slots = self._slots(rows, epochs)
         shape = (len(rows), self.context_length)
-        tokens, labels = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORED, dtype=np.int64)
-        flat_tokens, flat_labels = tokens.reshape(-1), labels.reshape(-1)
+        tokens, labels, positions = (np.empty(shape, dtype=np.int64) for _ in range(3))
+        flat_tokens, flat_labels, flat_positions = tokens.reshape(-1), labels.reshape(-1), positions.reshape(-1)
+        count = np.arange(self.context_length)
         held = slots.document != PADDING
-        places, lengths, starts = slots.place[held], slots.length[held], slots.start[held]
-        found = self.split.ranges(starts, starts + lengths + 1)
-        for place, length, ids in zip(places.tolist(), lengths.tolist(), found, strict=True):
-            flat_tokens[place : place + length] = ids[:-1]
-            flat_labels[place : place + length] = ids[1:]
-        positions = np.arange(tokens.size) - np.repeat(slots.place, slots.length)
+        columns = (slots.place.tolist(), slots.length.tolist(), held.tolist())
+        found = self.split.ranges(slots.start, slots.start + np.where(held, slots.length + 1, 0))
+        for place, length, full, ids in zip(*columns, found, strict=True):
+            stop = place + length
+            flat_positions[place:stop] = count[:length]
+            flat_tokens[place:stop] = ids[:-1] if full else 0
+            flat_labels[place:stop] = ids[1:] if full else IGNORED
         numbers = np.repeat(slots.document, slots.length).reshape(shape) if documents else None
-        return Rows(tokens, labels, documents=numbers, positions=positions.reshape(shape))
+        return Rows(tokens, labels, documents=numbers, positions=positions)
 
     def spans(self, row: int, epoch: int) -> list[Span]:
         """As `Plan.spans`."""
