@@ -37,11 +37,12 @@ def best_fit(counts: list[int], *, size: int) -> list[tuple[Runs, int]]:
     """Fill rows of `size` with counts[l] pieces of each length l <= size; return the rows' runs and how many are alike.
 
     From the longest piece to the shortest, each goes to the fullest row that still has room, a new one if none has
-    (Johnson 1973: at most 11/9 of the best number of rows). Rows with equal room are served together, so that the
-    work depends on the number of lengths and not on that of pieces.
+    (Johnson 1973: in the worst case 11/9 of the least number of rows). Rows with equal room are served together, so
+    that the work depends on the number of lengths and not on that of pieces.
     """
     rows: dict[int, list[tuple[Runs, int]]] = defaultdict(list)  # by the room that is left
     rooms: list[int] = []  # its keys in order
+    empty: Runs = ()
 
     def put(runs: Runs, number: int, room: int) -> None:
         if number and not rows[room]:
@@ -53,10 +54,12 @@ def best_fit(counts: list[int], *, size: int) -> list[tuple[Runs, int]]:
         left = counts[length]
         while left:
             at = bisect_left(rooms, length)
-            room = rooms[at] if at < len(rooms) else size
-            runs, number = rows[room].pop() if at < len(rooms) else ((), left)
-            if at < len(rooms) and not rows[room]:
-                del rooms[at]
+            room, runs, number = size, empty, left  # as many empty rows as could be needed
+            if at < len(rooms):
+                room = rooms[at]
+                runs, number = rows[room].pop()
+                if not rows[room]:
+                    del rooms[at]
             fitting = room // length
             filled = min(number, left // fitting)
             if filled:
@@ -65,7 +68,7 @@ def best_fit(counts: list[int], *, size: int) -> list[tuple[Runs, int]]:
             else:
                 put((*runs, (length, left)), 1, room - left * length)
                 left, filled = 0, 1
-            if runs:  # an empty row is opened when needed and not kept
+            if runs:
                 put(runs, number - filled, room)
     return [group for room in rooms for group in rows[room]]
 

@@ -144,7 +144,8 @@ class Concat:
         for row, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
             numbers[row, : length + 1] = self.split.document_of(start, start + length + 1)
         crossing = numbers[:, 1:] != numbers[:, :-1]
-        return Rows(tokens, labels, documents=numbers[:, :-1].copy(), positions=None, crossing=crossing)
+        numbers = np.where(labels == IGNORED, PADDING, numbers[:, :-1])
+        return Rows(tokens, labels, documents=numbers, positions=None, crossing=crossing)
 
     def spans(self, row: int, epoch: int) -> list[Span]:
         """As `Plan.spans`."""
