@@ -251,6 +251,8 @@ def test_the_digest_knows_content_and_nothing_else(tmp_path: Path) -> None:
         path = write_bare(tmp_path / name, ids)
         return open_foreign(str(path), **{"tokenizer": "bytes", "dtype": "uint16", **options}).data_digest
 
+    definition = {**load_tokenizer("bytes").definition, "normalizer": {"type": "NFC"}}
+    (tmp_path / "nfc.json").write_text(json.dumps(definition))
     one = digest(STREAM)
     assert digest(STREAM, "renamed") == one
     write_llmc(tmp_path / "l.bin", STREAM)
@@ -262,7 +264,8 @@ def test_the_digest_knows_content_and_nothing_else(tmp_path: Path) -> None:
         digest(STREAM, val_fraction=0.01),
         digest(STREAM, val_fraction=0.5),
         digest(STREAM, val=str(two_files[0])),
-        digest(STREAM, tokenizer=str(other_tokenizer(tmp_path))),
+        digest(STREAM, eos="A"),
+        digest(STREAM, tokenizer=str(tmp_path / "nfc.json")),
         open_foreign(str(tmp_path / "s*.bin"), tokenizer="bytes", dtype="uint16").data_digest,
     ]
     write_megatron(tmp_path / "m1", [[STREAM]])
@@ -271,15 +274,9 @@ def test_the_digest_knows_content_and_nothing_else(tmp_path: Path) -> None:
     assert len({one, *others}) == 1 + len(others)
 
 
-def other_tokenizer(folder: Path) -> Path:
-    """GPT-2's kind, but trained: tokens of several bytes."""
-    path = folder / "bpe.json"
-    load_tokenizer("train:400", texts=TEXTS * 20).save(path)
-    return path
-
-
 def test_text_is_counted_exactly_byte_by_byte(tmp_path: Path) -> None:
-    path = other_tokenizer(tmp_path)
+    path = tmp_path / "bpe.json"
+    load_tokenizer("train:400", texts=TEXTS * 20).save(path)  # GPT-2's kind: tokens of several bytes
     tokenizer = load_tokenizer(str(path))
     texts = [*TEXTS, "nächste Größe 🙂", " leading", "\n\n", ""]
     ids, lengths = tokenizer.encode_batch(texts)
@@ -314,10 +311,10 @@ def test_text_is_decoded_where_ids_alone_do_not_tell(tmp_path: Path, monkeypatch
 def test_an_id_outside_the_vocabulary_is_named(tmp_path: Path) -> None:
     for place in (0, 700_000, 1_999_999):
         ids = np.full(2_000_000, 65)
-        ids[place] = 300
+        ids[place] = 257
         path = write_bare(tmp_path / "x.bin", ids.tolist())
         with pytest.raises(
-            UserError, match=rf"x\.bin: id 300 of token {place} \(byte {2 * place}\).*of 257 of 'bytes'"
+            UserError, match=rf"x\.bin: id 257 of token {place} \(byte {2 * place}\).*of 257 of 'bytes'"
         ):
             open_foreign(str(path), tokenizer="bytes", dtype="uint16")
     write_llmc(tmp_path / "l.bin", [1, 300])
@@ -400,6 +397,7 @@ POINTERS, DOCUMENTS = HEADER + 4 * N, HEADER + 12 * N
         ("m.idx", patch("<q", DOCUMENTS + 8, 4), "index of documents"),
         ("m.idx", patch("<q", DOCUMENTS + 8 * N, 4), "index of documents runs from 0 to 4, expected 0 to 5"),
         ("l.bin", lambda content: content[:-1], r"l\.bin has \d+ bytes, its header of \d+ tokens expects"),
+        ("l.bin", lambda content: content + b"\0\0", "its header of"),
         ("l.bin", lambda content: content[:100], "its header of"),
         ("l.bin", patch("<i", 8, -1), "its header of -1 tokens"),
         ("l.bin", patch("<i", 4, 2), "header 20240520 version 2 found, this program reads 20240520 version 1, 2024080"),
