@@ -18,10 +18,9 @@ import numpy as np
 import torch
 
 from pipeline.config import Config
-from pipeline.data.dataset import Dataset
 from pipeline.data.objectives import Batch, make_batch
 from pipeline.data.order import Indices, permute, share
-from pipeline.data.rows import IGNORED, Concat, Origin, Plan, Rows
+from pipeline.data.rows import IGNORED, Origin, Plan, Rows
 from pipeline.errors import UserError
 from pipeline.seeds import named_seed
 
@@ -92,11 +91,6 @@ class RankBatch:
     micro_batches: list[Batch]
     rows: list[Indices]
 
-    @property
-    def windows(self) -> list[Indices]:
-        """Former name of `rows`; goes when its readers have changed."""
-        return self.rows
-
     def to(self, device: torch.device) -> RankBatch:
         """The same on `device`."""
         return replace(self, micro_batches=[part.to(device) for part in self.micro_batches])
@@ -115,12 +109,6 @@ class Loader:
         self.rank = rank
         self.world_size = world_size
         self.micro_batch = config.train.micro_batch
-
-    @property
-    def windows(self) -> Plan:
-        """Former way to the plan; goes when its readers have changed."""
-        plan: Plan = self.source.plan  # type: ignore[attr-defined]
-        return plan
 
     def accumulation(self, rows: int) -> int:
         """Micro-batches per rank for a global batch of `rows`."""
@@ -154,30 +142,6 @@ class Loader:
         """The documents that these rows touch, as "source, row N"; to name what a step trained on."""
         found = (origin.info for row in rows.tolist() for origin in self.source.describe(row))
         return list(dict.fromkeys(f"{info.source}, row {info.row}" for info in found))
-
-
-def training_loader(dataset: Dataset, config: Config, *, rank: int, world_size: int) -> Loader:
-    """Rows of the train split in an order drawn from (seed, data digest), a new one each epoch.
-
-    The last partial row of an epoch is left out. Errors: a split with less than one full row.
-    """
-    context_length = config.model.context_length
-    plan = Concat(dataset.split("train"), context_length=context_length)
-    if plan.rows == 0:
-        raise UserError(
-            f"{dataset.path} has {plan.split.n_tokens} training tokens, one row needs {context_length + 1}: "
-            f"prepare more text or lower model.context_length"
-        )
-    source = Shuffled(plan, name=str(dataset.path), seed=config.seed, data_digest=dataset.data_digest)
-    return Loader(source, config, rank=rank, world_size=world_size)
-
-
-def validation_loader(dataset: Dataset, config: Config, *, rank: int, world_size: int) -> Loader | None:
-    """Rows of the val split as they stand, the last one padded: every token once. None: there is no such split."""
-    plan = Concat(dataset.split("val"), context_length=config.model.context_length)
-    if plan.all_rows == 0:
-        return None
-    return Loader(Fixed(plan, name=str(dataset.path)), config, rank=rank, world_size=world_size)
 
 
 class Prefetcher:

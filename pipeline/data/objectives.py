@@ -64,8 +64,9 @@ def causal(rows: Rows, *, document_mask: bool, cross_document_targets: bool) -> 
         assert rows.documents is not None, "attention is to stay within documents that are not known"
         inputs["documents"] = torch.from_numpy(rows.documents)
     if not cross_document_targets:
-        assert rows.documents is not None, "targets at document boundaries are to be left out but not known"
-        if rows.crossing is not None:
-            labels = np.where(rows.crossing, IGNORED, labels)
+        # packed rows have positions, and no label that begins a document
+        known = rows.crossing is not None or rows.positions is not None
+        assert known, "targets at document boundaries are to be left out but not known"
+        labels = labels if rows.crossing is None else np.where(rows.crossing, IGNORED, labels)
     targets = int(np.count_nonzero(labels != IGNORED))
     return Batch(inputs=inputs, labels=torch.from_numpy(labels), targets=targets)
