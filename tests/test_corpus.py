@@ -13,29 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from pipeline.data.corpus import check_text_key, find_corpus, read_unit
+from pipeline.data.corpus import check_text_key, find_corpus
 from pipeline.data.formats import TEXT_CHUNK_BYTES, Document, Rejected, TextRules
 from pipeline.data.plan import plan_units
 from pipeline.errors import UserError
+from tests.reading import faults_of, read, texts_of
 
 TEXTS = [f"document {i}\r\nline of {'x' * (i % 7)} é日本😀\n" for i in range(50)]
-
-
-def read(
-    *inputs: Path | str, rules: TextRules | None = None, exclude: tuple[str, ...] = ()
-) -> list[Document | Rejected]:
-    rules = rules or TextRules()
-    corpus = find_corpus([str(path) for path in inputs], exclude=exclude)
-    return [record for unit in plan_units(corpus.sources, rules) for record in read_unit(unit, rules)]
-
-
-def texts_of(records: list[Document | Rejected]) -> list[str]:
-    assert all(isinstance(record, Document) for record in records), records
-    return [record.text for record in records if isinstance(record, Document)]
-
-
-def faults_of(records: list[Document | Rejected]) -> list[tuple[int, str]]:
-    return [(record.row, record.reason) for record in records if isinstance(record, Rejected)]
 
 
 def json_lines(texts: list[str]) -> bytes:
@@ -138,7 +122,7 @@ def test_bad_records_are_named_and_cost_only_themselves(tmp_path: Path) -> None:
     ]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     records = read(tmp_path)
-    assert [record.text for record in records if isinstance(record, Document)] == [
+    assert [record.content.decode() for record in records if isinstance(record, Document)] == [
         "good",
         "nan is no JSON but common",
         "zero \0 byte",
@@ -166,7 +150,7 @@ def test_bad_bytes_in_text_csv_and_parquet_are_rejected(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": column}), tmp_path / "c.parquet")
     (tmp_path / "d.json").write_bytes(b'[{"text": "good"}, {"text": "\xff"}, {"text": "\\udfff"}]')
     records = read(tmp_path)
-    assert [record.text for record in records if isinstance(record, Document)] == ["good"] * 3
+    assert [record.content.decode() for record in records if isinstance(record, Document)] == ["good"] * 3
     reasons = ["invalid UTF-8"] * 4 + ["lone surrogate"]
     assert faults_of(records) == list(zip([1, 0, 1, 1, 2], reasons, strict=True))
 

@@ -1,7 +1,7 @@
 """Paths, globs and hub names to sources, and a unit of them to its documents.
 
 In: what the user named. Out: sources, sorted and without repeats whatever the order of the arguments; and, for each
-unit that `plan.py` makes of them, the documents and rejected records in order. The one door to `datasets`.
+unit that `plan.py` makes of them, the documents and rejected records in order.
 """
 
 from __future__ import annotations
@@ -9,31 +9,18 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
-from functools import lru_cache
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath, PurePosixPath
+from typing import NamedTuple
 
-from pipeline.data.formats import (
-    BOM,
-    Compression,
-    Document,
-    Kind,
-    Piece,
-    Rejected,
-    Row,
-    Source,
-    TextRules,
-    checked,
-    keys_of,
-    missing_key,
-    read_piece,
-    require_column,
-    values_of,
-)
+from pipeline.data.bytestream import BLOCK_BYTES, Compression, open_stream
+from pipeline.data.formats import Document, Kind, Record, Source, TextRules, missing_key
+from pipeline.data.hub import hub_files, load_saved
 from pipeline.data.plan import Unit
+from pipeline.data.readers import keys_of, read_piece
 from pipeline.errors import UserError, nearest
 
 _KINDS: dict[str, Kind] = {
@@ -48,9 +35,10 @@ _KINDS: dict[str, Kind] = {
     ".parquet": "parquet",
 }
 _COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
+_READABLE = f"{' '.join(_KINDS)}, or .gz and .zst of these"
 _MAGIC: dict[bytes, Compression] = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
-_DATASETS: tuple[Kind, ...] = ("hub", "saved")
 _SAVED_DATASET = ({"dataset_info.json", "state.json"}, {"dataset_dict.json"})
+_FIRST_LINE_BYTES = 64 * BLOCK_BYTES
 
 
 @dataclass(frozen=True)
@@ -61,57 +49,62 @@ class Corpus:
     notes: tuple[str, ...]
 
 
-def find_corpus(inputs: Sequence[str], *, exclude: Sequence[str] = (), output: Path | None = None) -> Corpus:
+class UnitRows(NamedTuple):
+    """What reading a unit came to.
+
+    `rows` counts per source index, with those that hold no record; `replaced` counts the bad bytes and lone surrogates
+    that became U+FFFD.
+    """
+
+    rows: dict[int, int]
+    replaced: int
+
+
+def find_corpus(
+    inputs: Sequence[str], *, exclude: Sequence[str] = (), output: Path | None = None, held_out: Sequence[str] = ()
+) -> Corpus:
     """Resolve files, folders (recursive), globs, `hf:` names and saved datasets, sorted and without repeats.
 
     What folders and globs find below `output` is left out: it is the result of an earlier run, not its input.
-    Raises `UserError` for an input that matches nothing, naming what is there instead.
+    `exclude` holds for `inputs`; sources of `held_out` are validation as a whole. Raises `UserError` for an input that
+    matches nothing, naming what is there instead, and for a source that is named as both.
     """
-    sources: dict[str, Source] = {}
-    notes: list[str] = []
-    skipped: list[Path] = []
-    for text in inputs:
-        if text.startswith("hf:"):
-            sources[text] = _dataset_source(text, "hub")
-            continue
-        for path in _expand(text, output):
-            if path.is_file():
-                files = [path]
-            elif _is_saved_dataset(path):
-                sources[str(path)] = _dataset_source(str(path), "saved")
-                continue
-            else:
-                files = _files_below(path, skipped, output)
-            for file in files:
-                if not any(fnmatch(str(file), pattern) or fnmatch(file.name, pattern) for pattern in exclude):
-                    sources[str(file)] = _file_source(file, notes)
-    if skipped:
-        suffixes = ", ".join(sorted({path.suffix or "no suffix" for path in skipped})[:8])
-        notes.append(f"skipped {len(skipped)} files of other kinds ({suffixes}); name a file itself to read it as text")
-    if not sources:
+    search = _Search(output)
+    sources = search.sources(inputs, exclude)
+    if inputs and not sources:
         raise UserError("--exclude leaves no input; loosen its patterns")
-    return Corpus(tuple(sources[name] for name in sorted(sources)), tuple(sorted(set(notes))))
+    others = {path: replace(source, held_out=True) for path, source in search.sources(held_out, ()).items()}
+    if both := sorted(sources[path].name for path in sources.keys() & others.keys()):
+        more = f" and {len(both) - 1} more are" if len(both) > 1 else " is"
+        raise UserError(f"{both[0]}{more} named as input and by --val-input; keep it out of the former with --exclude")
+    found = sorted([*sources.values(), *others.values()], key=lambda source: source.name)
+    return Corpus(tuple(found), search.notes())
 
 
 def check_text_key(sources: Iterable[Source], key: str) -> None:
-    """Refuse at once, before any work, when the first source of a kind has records without the text key."""
+    """Refuse at once, before any work, when the first readable source of a kind has records without the text key."""
     seen: set[Kind] = set()
     for source in sources:
         if source.kind in seen or not source.size:
             continue
+        try:
+            keys = keys_of(source)
+        except UserError:  # reading it will fail, and say why, without stopping the others
+            continue
         seen.add(source.kind)
-        keys = load_dataset(source.name, source.kind).column_names if source.kind in _DATASETS else keys_of(source)
         if keys is not None and key not in keys:
             raise missing_key(source.name, key, keys)
 
 
-def read_unit(unit: Unit, rules: TextRules) -> Iterator[Document | Rejected]:
-    """All records of a unit in order."""
+def read_unit(unit: Unit, rules: TextRules) -> Generator[Record, None, UnitRows]:
+    """All records of a unit in order. Raises `UserError` at damage, after what came before it."""
+    rows: Counter[int] = Counter()
+    replaced = 0
     for piece in unit.pieces:
-        if piece.source.kind in _DATASETS:
-            yield from (checked(value, piece.index, row) for row, value in _read_dataset(piece, rules))
-        else:
-            yield from read_piece(piece, rules)
+        found = yield from read_piece(piece, rules, first=rows[piece.index])
+        rows[piece.index] += found.rows
+        replaced += found.replaced
+    return UnitRows(dict(rows), replaced)
 
 
 def read_texts(units: Iterable[Unit], rules: TextRules) -> Iterator[str]:
@@ -119,16 +112,62 @@ def read_texts(units: Iterable[Unit], rules: TextRules) -> Iterator[str]:
     for unit in units:
         for record in read_unit(unit, rules):
             if isinstance(record, Document):
-                yield record.text
+                yield record.content.decode()
+
+
+class _Search:
+    """Looks for sources and remembers what the user should know."""
+
+    def __init__(self, output: Path | None) -> None:
+        self._output = output
+        self._notes: set[str] = set()
+        self._skipped: set[Path] = set()
+
+    def notes(self) -> tuple[str, ...]:
+        notes = self._notes
+        if self._skipped:
+            suffixes = ", ".join(sorted({path.suffix or "no suffix" for path in self._skipped})[:8])
+            remedy = "name a file itself to read it as text"
+            notes = notes | {f"skipped {len(self._skipped)} files of other kinds ({suffixes}); {remedy}"}
+        return tuple(sorted(notes))
+
+    def sources(self, inputs: Sequence[str], exclude: Sequence[str]) -> dict[Path, Source]:
+        """By the resolved path of their bytes, so that none comes twice."""
+        files: dict[Path, tuple[str, Path]] = {}  # a link is called by its name: its target may lack the suffix
+        sources: dict[Path, Source] = {}
+        for text in inputs:
+            for name, path in self._named(text):
+                where = path.resolve()
+                if path.is_dir():
+                    sources[where] = _saved_source(where)
+                elif not any(fnmatch(name, pattern) or fnmatch(path.name, pattern) for pattern in exclude):
+                    files[where] = min((name, path), files.get(where, (name, path)))
+        return sources | {where: _file_source(path, name, self._notes) for where, (name, path) in files.items()}
+
+    def _named(self, text: str) -> Iterator[tuple[str, Path]]:
+        """Names and paths of the files and saved datasets that an argument stands for."""
+        if text.startswith("hf:"):
+            found = hub_files(text)
+            names = [PurePosixPath(name) for name, _ in found]
+            if unknown := sorted({name.suffix or name.name for name in names if not _known(name)}):
+                kinds = ", ".join(unknown[:8])
+                raise UserError(f"{text} holds data files of other kinds ({kinds}); wanted {_READABLE}")
+            yield from found
+            return
+        for path in _expand(text, self._output):
+            if path.is_file() or _is_saved_dataset(path):
+                yield str(path), path
+            else:
+                yield from ((str(file), file) for file in _files_below(path, self._skipped, self._output))
 
 
 def _expand(text: str, output: Path | None) -> list[Path]:
     """Existing resolved paths that an argument stands for."""
     path = Path(text).expanduser()
     if path.exists():
-        return [path.resolve()]
+        return [_absolute(path)]
     if glob.has_magic(text):
-        matches = sorted(Path(match).resolve() for match in glob.glob(str(path), recursive=True))  # noqa: PTH207 - hidden
+        matches = sorted(_absolute(Path(match)) for match in glob.glob(str(path), recursive=True))  # noqa: PTH207 - hidden
         matches = [match for match in matches if output is None or not match.is_relative_to(output)]
         found = [match for match in matches if match.is_file() or "**" not in text]
         if found:
@@ -136,6 +175,11 @@ def _expand(text: str, output: Path | None) -> list[Path]:
         raise UserError(f"nothing matches {text!r}; {_there(path)}")
     hint = f"; for data of the Hugging Face hub write hf:{text}" if re.fullmatch(r"[\w.-]+/[\w.-]+", text) else ""
     raise UserError(f"no file or folder {text!r}; {_there(path)}{hint}")
+
+
+def _absolute(path: Path) -> Path:
+    """The path with links resolved in its folders but not in its name."""
+    return path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
 
 
 def _there(path: Path) -> str:
@@ -148,25 +192,25 @@ def _there(path: Path) -> str:
     return f"{folder.resolve()} holds {shown or 'nothing'}{nearest(path.name, names)}"
 
 
-def _files_below(folder: Path, skipped: list[Path], output: Path | None) -> list[Path]:
+def _files_below(folder: Path, skipped: set[Path], output: Path | None) -> list[Path]:
     """Files of known kinds below a folder; hidden ones are ignored, others are added to `skipped`."""
     files: list[Path] = []
     others: list[Path] = []
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and Path(parent, name) != output)
         for path in (Path(parent, name) for name in sorted(names) if not name.startswith(".")):
-            (files if _known(path) else others).append(path.resolve())
+            (files if _known(path) else others).append(_absolute(path))
     if not files:
         kinds = ", ".join(sorted({path.suffix or "no suffix" for path in others})) or "no files"
         raise UserError(
-            f"folder {folder} holds nothing to read ({kinds}); wanted {' '.join(_KINDS)}, or .gz and .zst of these; "
+            f"folder {folder} holds nothing to read ({kinds}); wanted {_READABLE}; "
             "name a file itself to read it as plain text"
         )
-    skipped.extend(others)
+    skipped.update(others)
     return files
 
 
-def _known(path: Path) -> bool:
+def _known(path: PurePath) -> bool:
     suffixes = path.suffixes
     if suffixes and suffixes[-1].lower() in _COMPRESSIONS:
         suffixes = suffixes[:-1]
@@ -179,76 +223,52 @@ def _is_saved_dataset(folder: Path) -> bool:
     return any(marks <= names for marks in _SAVED_DATASET)
 
 
-def _file_source(path: Path, notes: list[str]) -> Source:
-    """Look at a file: its beginning says how it is packed, its suffix what is in it."""
+def _file_source(path: Path, name: str, notes: set[str]) -> Source:
+    """Look at a file: its beginning says how it is packed, the suffix of its name what is in it."""
     try:
         status = path.stat()
         with path.open("rb") as file:
             head = file.read(64)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    suffixes = [suffix.lower() for suffix in path.suffixes]
+        raise UserError(f"cannot read {name}: {error.strerror}") from None
+    suffixes = [suffix.lower() for suffix in PurePosixPath(name).suffixes]
     promised = _COMPRESSIONS.get(suffixes[-1], "") if suffixes else ""
-    compression: Compression = next((name for magic, name in _MAGIC.items() if head.startswith(magic)), "")
+    compression: Compression = next((packed for magic, packed in _MAGIC.items() if head.startswith(magic)), "")
     if promised and head and compression != promised:
-        notes.append(f"{path} is {compression or 'not compressed'}, whatever its suffix says: read as such")
+        notes.add(f"{name} is {compression or 'not compressed'}, whatever its suffix says: read as such")
     inner = suffixes[:-1] if promised else suffixes
     kind = _KINDS.get(inner[-1], "text") if inner else "text"
     if head.startswith(b"PAR1") and kind != "parquet":
-        notes.append(f"{path} is parquet, whatever its suffix says: read as such")
+        notes.add(f"{name} is parquet, whatever its suffix says: read as such")
         kind = "parquet"
-    if kind == "json" and not compression and not head.removeprefix(BOM).lstrip().startswith(b"["):
-        kind = _json_kind(path)
+    if kind == "json":
+        kind = _json_kind(path, compression)
     if kind == "parquet" and head and not head.startswith(b"PAR1"):
-        raise UserError(f"{path} is not a parquet file: it begins with {head[:4]!r}, wanted b'PAR1'; copy it again")
-    return Source(str(path), kind, compression, status.st_size, f"{status.st_size}-{status.st_mtime_ns}")
+        remedy = "unpack it" if compression else "copy it again"
+        raise UserError(f"{name} is not a parquet file: it begins with {head[:4]!r}, wanted b'PAR1'; {remedy}")
+    # The name of a file of the hub holds its revision, and in the cache it is called by a digest of its content:
+    # unlike the time of change, neither depends on when it was downloaded.
+    changed = path.resolve().name if "://" in name else status.st_mtime_ns
+    where = "" if name == str(path) else str(path)
+    return Source(name, kind, compression, status.st_size, f"{status.st_size}-{changed}", path=where)
 
 
-def _json_kind(path: Path) -> Kind:
+def _json_kind(path: Path, compression: Compression) -> Kind:
     """A `.json` file whose first line is an object by itself holds one object a line, as many do."""
-    with path.open("rb") as file:
-        first, second = file.readline().strip(), file.readline().strip()
-    return "jsonl" if first.endswith(b"}") and (not second or second.startswith(b"{")) else "json"
-
-
-def _dataset_source(name: str, kind: Kind) -> Source:
-    dataset = load_dataset(name, kind)
-    size = int(dataset.data.nbytes) if len(dataset) else 0
-    return Source(name, kind, "", size, str(dataset._fingerprint), rows=len(dataset))
-
-
-def _read_dataset(piece: Piece, rules: TextRules) -> Iterator[Row]:
-    dataset = load_dataset(piece.source.name, piece.source.kind)
-    require_column(dataset.column_names, piece.source.name, rules.key)
-    rows = dataset.select_columns([rules.key]).with_format("arrow")
-    for start in range(piece.start, piece.stop, 1024):
-        table = rows[start : min(start + 1024, piece.stop)]
-        yield from enumerate(values_of(table.column(0)), start)
-
-
-@lru_cache(maxsize=4)
-def load_dataset(name: str, kind: Kind) -> Any:
-    """The train split of `hf:NAME[:CONFIG][@REVISION]` (kind `hub`) or of a `save_to_disk` folder (kind `saved`).
-
-    A local folder of data files serves as NAME as well. Raises `UserError` with the library's reason.
-    """
-    import datasets  # slow to import and seldom needed
-
     try:
-        if kind == "saved":
-            dataset = datasets.load_from_disk(name)
-            if isinstance(dataset, datasets.DatasetDict):
-                dataset = dataset["train"]
-        else:
-            rest, _, revision = name.removeprefix("hf:").partition("@")
-            path, _, config = rest.partition(":")
-            dataset = datasets.load_dataset(
-                str(Path(path).expanduser()), name=config or None, revision=revision or None, split="train"
-            )
-    except Exception as error:  # unknown name, config or split, no network, gated: many classes, one remedy
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(
-            f"cannot load {name} with `datasets`: {reason}\n"
-            "  wanted hf:NAME[:CONFIG][@REVISION] with a split 'train'; check spelling and network"
-        ) from None
-    return dataset
+        with open_stream(path, compression, name=str(path)) as stream:
+            if stream.peek(1)[:1] == b"[":
+                return "json"
+            first = b""
+            while not first and stream.peek(1):
+                first = stream.readline(_FIRST_LINE_BYTES).strip()
+            second = stream.peek(1).lstrip()
+    except UserError:  # reading it will say what is wrong
+        return "json"
+    return "jsonl" if first.startswith(b"{") and first.endswith(b"}") and second[:1] in (b"", b"{") else "json"
+
+
+def _saved_source(folder: Path) -> Source:
+    dataset = load_saved(str(folder))
+    size = int(dataset.data.nbytes) if len(dataset) else 0
+    return Source(str(folder), "saved", "", size, str(dataset._fingerprint), rows=len(dataset))

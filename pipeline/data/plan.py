@@ -1,32 +1,46 @@
 """Sources to units of work: where to cut, as a pure function of the sources and the rules.
 
-In: sources in order. Out: units of about 64 MB of text, each a list of pieces. Cutting reads metadata, and once each
-file that is larger than a unit; the number of workers never enters.
+In: sources in order. Out: units of about 64 MB of text, each a list of pieces. Planning reads metadata and, of each
+large file, the places where it is cut, never whole files; the number of workers never enters. A compressed file that
+is larger than a unit cannot be cut where it lies: it becomes a stream unit, and `cut_stream` makes plain files of it.
 """
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.formats import BOM, Piece, Source, TextRules, chunk_end
+from pipeline.data.bytestream import BLOCK_BYTES, CutFinder, open_stream
+from pipeline.data.formats import Piece, Source, TextRules
+from pipeline.data.readers import column_bytes, require_column
 from pipeline.errors import UserError
 
 _COMPRESSION_RATIO = 4
-"""Expected text bytes of a compressed byte, for the size of units and the progress bar only."""
+"""Expected text bytes of a compressed byte: decides whether a file is cut as a stream, and feeds the progress bar."""
+_FIRST_LOOK_BYTES = 2**16
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Work for one task: pieces in order, about `TextRules.unit_bytes` of text."""
+    """Work for one task: pieces in order, about `TextRules.unit_bytes` of text.
+
+    A unit with `stream` is one compressed source to be cut by `cut_stream`, a unit with `part` a result of that.
+    """
 
     number: int
     pieces: tuple[Piece, ...]
+    part: int | None = None
+    stream: bool = False
+
+    @property
+    def name(self) -> str:
+        """`00012`; part 3 of it is `00012-0003`. Names sort as units and parts do."""
+        return f"{self.number:05d}" + ("" if self.part is None else f"-{self.part:04d}")
 
     @property
     def size(self) -> int:
@@ -35,37 +49,90 @@ class Unit:
 
 
 def plan_units(sources: Sequence[Source], rules: TextRules) -> tuple[Unit, ...]:
-    """Cut sources into pieces and group these, in order, into units of about `rules.unit_bytes`."""
+    """Cut sources into pieces and group these, in order, into units of about `rules.unit_bytes`.
+
+    Raises `UserError` for a parquet file without the text column and for a file that cannot be opened.
+    """
     groups: list[list[Piece]] = []
-    filled = 0
+    streams: set[int] = set()
+    filled = rules.unit_bytes + 1
     for index, source in enumerate(sources):
+        stream = _is_stream(source, rules)
         for piece in _cut(source, index, rules):
-            if not groups or filled + piece.size > rules.unit_bytes:
+            if stream or filled + piece.size > rules.unit_bytes:
                 groups.append([])
                 filled = 0
             groups[-1].append(piece)
             filled += piece.size
-    return tuple(Unit(number, tuple(pieces)) for number, pieces in enumerate(groups))
+        if stream:
+            streams.add(len(groups) - 1)
+            filled = rules.unit_bytes + 1  # nothing joins it
+    return tuple(Unit(number, tuple(pieces), stream=number in streams) for number, pieces in enumerate(groups))
+
+
+def cut_stream(unit: Unit, rules: TextRules, *, into: Callable[[int], Path]) -> Iterator[Unit]:
+    """Decompress the source of a stream unit once; part k goes to the plain file `into(k)` and is then yielded.
+
+    Parts are what a plain file of the same content would be cut into. Where the source is damaged, `UserError` is
+    raised with the offset, after the parts before it; a part begun is removed, as it is when its file cannot be
+    written (`OSError`).
+    """
+    (piece,) = unit.pieces
+    source, start, number = piece.source, 0, 0
+    with open_stream(source.file, source.compression, name=source.name, drop_bom=False) as stream:
+        rest = b""
+        while rest or (rest := stream.read(BLOCK_BYTES)):
+            path = into(number)
+            try:
+                with path.open("wb") as file:
+                    stop, rest = _write_part(stream, rest, file, start, _finder(source, rules, start))
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
+            size = stop - start
+            whole = number == 0 and size <= rules.unit_bytes  # a part that is cut off is larger
+            plain = replace(source, path=str(path), compression="")
+            part = Piece(plain, piece.index, 0, size, size, offset=start, whole=whole)
+            yield Unit(unit.number, (part,), part=number)
+            start, number = stop, number + 1
+
+
+def _write_part(
+    stream: IO[bytes], block: bytes, file: IO[bytes], position: int, finder: CutFinder
+) -> tuple[int, bytes]:
+    """Write `block`, which is at `position` of the text, and on until the cut: its place and the bytes past it."""
+    while block:
+        skip = finder.position - position
+        cut = finder.find(block[skip:]) if skip < len(block) else None
+        if cut is not None:
+            file.write(block[: cut - position])
+            return cut, block[cut - position :]
+        file.write(block)
+        position += len(block)
+        block = stream.read(BLOCK_BYTES)
+    return position, b""
+
+
+def _is_stream(source: Source, rules: TextRules) -> bool:
+    large = source.size * _COMPRESSION_RATIO > rules.unit_bytes
+    return bool(source.compression) and source.kind in ("text", "jsonl") and large
 
 
 def _cut(source: Source, index: int, rules: TextRules) -> Iterator[Piece]:
     """The pieces of one source."""
     if source.size == 0:
         return
-    if source.kind in ("hub", "saved"):
+    if source.kind == "saved":
         yield from _cut_rows(source, index, rules)
     elif source.kind == "parquet":
         yield from _cut_row_groups(source, index, rules)
     elif source.compression:
-        yield Piece(source, index, 0, source.size, 0, source.size * _COMPRESSION_RATIO)
+        yield Piece(source, index, 0, source.size, source.size * _COMPRESSION_RATIO)
     elif source.size <= rules.unit_bytes or source.kind in ("json", "csv"):
-        yield Piece(source, index, 0, source.size, 0, source.size)
-    elif source.kind == "jsonl":
-        yield from _cut_bytes(source, index, rules, _records_until(b"\n", rules.unit_bytes))
-    elif rules.separator is not None:
-        yield from _cut_bytes(source, index, rules, _records_until(rules.separator.encode(), rules.unit_bytes))
+        yield Piece(source, index, 0, source.size, source.size)
     else:
-        yield from _cut_bytes(source, index, rules, _chunks_until(rules.unit_bytes))
+        for start, stop in _cut_bytes(source, rules):
+            yield Piece(source, index, start, stop, stop - start, whole=False)
 
 
 def _cut_rows(source: Source, index: int, rules: TextRules) -> Iterator[Piece]:
@@ -73,51 +140,57 @@ def _cut_rows(source: Source, index: int, rules: TextRules) -> Iterator[Piece]:
     step = max(1, rules.unit_bytes * rows // source.size)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        yield Piece(source, index, start, stop, start, source.size * (stop - start) // rows)
+        yield Piece(source, index, start, stop, source.size * (stop - start) // rows, whole=step >= rows)
 
 
 def _cut_row_groups(source: Source, index: int, rules: TextRules) -> Iterator[Piece]:
+    """Row groups, joined up to a unit. A file whose metadata is unreadable is a piece that says so when it is read."""
     try:
-        metadata = pq.ParquetFile(source.name).metadata
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"cannot read {source.name}: {error}; the file is damaged or incomplete") from None
-    columns = [metadata.schema.column(number).path.split(".")[0] for number in range(metadata.num_columns)]
-    text = columns.index(rules.key) if rules.key in columns else 0
-    row = 0
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        yield Piece(source, index, number, number + 1, row, int(group.column(text).total_uncompressed_size))
-        row += group.num_rows
+        with pq.ParquetFile(source.file) as file:
+            metadata, names = file.metadata, file.schema_arrow.names
+    except (OSError, pa.ArrowException):
+        yield Piece(source, index, 0, 0, source.size)
+        return
+    require_column(names, source.name, rules.key)
+    groups = metadata.num_row_groups
+    sizes = [column_bytes(metadata.row_group(number), rules.key) for number in range(groups)]
+    start, size = 0, 0
+    for number in range(groups):
+        if number > start and size + sizes[number] > rules.unit_bytes:
+            yield Piece(source, index, start, number, size, whole=False)
+            start, size = number, 0
+        size += sizes[number]
+    if groups:
+        yield Piece(source, index, start, groups, size, whole=start == 0)
 
 
-_Step = Callable[[mmap.mmap, int], tuple[int, int]]
-"""From a map and a position to the end of the piece that begins there and the records in it."""
+def _cut_bytes(source: Source, rules: TextRules) -> Iterator[tuple[int, int]]:
+    """Ranges of a plain file that end where records do."""
+    try:
+        with source.file.open("rb", buffering=0) as file:
+            start = 0
+            while start < source.size:
+                stop = _next_cut(file, source.size, _finder(source, rules, start))
+                yield start, stop
+                start = stop
+    except OSError as error:
+        raise UserError(f"cannot read {source.name}: {error.strerror or error}") from None
 
 
-def _cut_bytes(source: Source, index: int, rules: TextRules, step: _Step) -> Iterator[Piece]:
-    """Byte ranges that end where records end. Rows before a piece are counted, which reads the file once."""
-    with Path(source.name).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        start, row = (len(BOM) if content[:3] == BOM else 0), 0
-        while start < len(content):
-            stop, records = step(content, start)
-            yield Piece(source, index, start, stop, row, stop - start)
-            start, row = stop, row + records
+def _next_cut(file: IO[bytes], size: int, finder: CutFinder) -> int:
+    """Where the finder cuts, or `size`. The first look is short: most often the end of a record is near."""
+    look = _FIRST_LOOK_BYTES
+    file.seek(finder.position)
+    while block := file.read(min(look, max(size - finder.position, 0))):
+        cut = finder.find(block)
+        if cut is not None:
+            return min(cut, size)
+        look = BLOCK_BYTES
+    return size
 
 
-def _records_until(delimiter: bytes, size: int) -> _Step:
-    def step(content: mmap.mmap, start: int) -> tuple[int, int]:
-        found = content.find(delimiter, start + size)
-        stop = len(content) if found < 0 else found + len(delimiter)
-        return stop, content[start:stop].count(delimiter)
-
-    return step
-
-
-def _chunks_until(size: int) -> _Step:
-    def step(content: mmap.mmap, start: int) -> tuple[int, int]:
-        stop, chunks = start, 0
-        while stop < len(content) and stop - start < size:
-            stop, chunks = chunk_end(content, stop, len(content)), chunks + 1
-        return stop, chunks
-
-    return step
+def _finder(source: Source, rules: TextRules, start: int) -> CutFinder:
+    separated = source.kind == "text" and rules.separator is not None
+    delimiter = rules.separator.encode() if separated and rules.separator else b"\n"
+    flexible = source.kind == "text" and not separated
+    return CutFinder(start, size=rules.unit_bytes, delimiter=delimiter, flexible=flexible)

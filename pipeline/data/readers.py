@@ -1,0 +1,322 @@
+"""Readers of file formats: one piece of one source in, its documents and rejected records out, in bounded memory.
+
+A piece is a range of bytes, row groups or rows; reading it is a pure function of the piece, whatever else is read by
+whom. Each reader is a generator that yields records and returns how many rows it counted.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Generator, Iterator, Mapping
+from functools import partial
+from itertools import islice
+from typing import Any, NamedTuple
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.data.bytestream import BLOCK_BYTES, MIB, character_start, open_stream
+from pipeline.data.delimited import Overlong, csv_records, json_elements, separated, skip_line
+from pipeline.data.formats import (
+    TEXT_CHUNK_BYTES,
+    Document,
+    Fault,
+    Judge,
+    Kind,
+    Piece,
+    Record,
+    Source,
+    TextRules,
+    missing_key,
+)
+from pipeline.data.hub import load_saved, saved_columns
+from pipeline.errors import UserError
+
+_BATCH_BYTES, _BATCH_ROWS = 4 * MIB, 256
+_KEY_RECORDS = 100
+Records = Generator[Record, None, int]
+
+
+class PieceRows(NamedTuple):
+    """What reading a piece came to: rows counted, with those that hold no record, and characters replaced."""
+
+    rows: int
+    replaced: int
+
+
+def read_piece(piece: Piece, rules: TextRules, *, first: int = 0) -> Generator[Record, None, PieceRows]:
+    """All records of a piece in order, rows counted from `first`.
+
+    Raises `UserError` naming the file, and where in it, when it is truncated or unreadable; what came before was
+    yielded.
+    """
+    judge = Judge(rules, piece.index)
+    try:
+        rows = yield from _READERS[piece.source.kind](piece, judge, first)
+    except (OSError, EOFError, pa.ArrowException) as error:
+        raise _damaged(piece.source.name, error) from None
+    return PieceRows(rows, judge.replaced)
+
+
+def keys_of(source: Source) -> list[str] | None:
+    """Keys of the first record of a source, or None where there is no record or no key (plain text)."""
+    if source.kind == "text" or source.size == 0:
+        return None
+    rules = TextRules()
+    try:
+        if source.kind == "parquet":
+            return list(pq.ParquetFile(source.file).schema_arrow.names)
+        if source.kind == "saved":
+            return list(load_saved(source.name).column_names)
+    except (OSError, EOFError, pa.ArrowException) as error:
+        raise _damaged(source.name, error) from None
+    with _stream(Piece(source, 0, 0, source.size, source.size)) as stream:
+        if source.kind == "csv":
+            return _csv_header(csv_records(stream, rules.max_record_bytes), source.name)
+        found: Iterator[object]
+        if source.kind == "json":
+            found = (_parsed(value) for value in _json_values(stream, rules, source.name))
+        else:
+            found = map(_parsed, iter(partial(stream.readline, rules.max_record_bytes), b""))
+        return next((list(record) for record in islice(found, _KEY_RECORDS) if isinstance(record, dict)), None)
+
+
+def require_column(columns: list[str], name: str, key: str) -> None:
+    """Refuse a table without the text column."""
+    if key not in columns:
+        raise missing_key(name, key, columns)
+
+
+def _damaged(name: str, error: BaseException) -> UserError:
+    return UserError(f"cannot read {name}: {error}; the file is damaged or incomplete")
+
+
+def _stream(piece: Piece) -> io.BufferedReader:
+    source = piece.source
+    return open_stream(
+        source.file,
+        source.compression,
+        name=source.name,
+        start=piece.start,
+        stop=piece.stop,
+        drop_bom=piece.start + piece.offset == 0,
+    )
+
+
+def _read_text(piece: Piece, judge: Judge, first: int) -> Records:
+    rules, row = judge.rules, first - 1
+    with _stream(piece) as stream:
+        texts: Iterator[bytes | Overlong]
+        if rules.separator is not None:
+            texts = separated(stream, rules.separator.encode(), rules.max_record_bytes)
+        else:
+            whole = stream.read(rules.unit_bytes + 1) if piece.whole else b""  # a compressed text shows its length here
+            fits = piece.whole and len(whole) <= rules.unit_bytes
+            texts = iter([whole] if whole else []) if fits else _chunks(stream, whole, rules)
+        for row, content in enumerate(texts, first):
+            if isinstance(content, Overlong):
+                yield from judge.overlong(row, content.head)
+            elif content:
+                yield from judge.records(content, row)
+    return row - first + 1
+
+
+def _chunks(stream: io.BufferedReader, rest: bytes, rules: TextRules) -> Iterator[bytes]:
+    """Documents of `rest` and then `stream`: up to the first newline from 1 MB on, or 2 MB where there is none."""
+    step = min(TEXT_CHUNK_BYTES, rules.max_document_bytes // 2)
+    begin = 0
+    while True:
+        if len(rest) - begin <= 2 * step:
+            rest, begin = rest[begin:] + stream.read(2 * step + BLOCK_BYTES), 0
+            if not rest:
+                return
+        end = _chunk_end(rest, begin, step)
+        yield rest[begin:end]
+        begin = end
+
+
+def _chunk_end(content: bytes, start: int, step: int) -> int:
+    """Where the document that begins at `start` ends; unless the text does, more than 2 steps must be there."""
+    if len(content) - start <= step:
+        return len(content)
+    newline = content.find(b"\n", start + step, start + 2 * step)
+    return newline + 1 if newline >= 0 else character_start(content, min(start + 2 * step, len(content)))
+
+
+def _read_jsonl(piece: Piece, judge: Judge, first: int) -> Records:
+    """Rows are lines, counted with blank ones, which hold no record."""
+    key, index, longest, limit = (
+        judge.rules.key,
+        piece.index,
+        judge.rules.max_document_bytes,
+        judge.rules.max_record_bytes,
+    )
+    loads, row = orjson.loads, first - 1
+    with _stream(piece) as stream:
+        for row, line in enumerate(iter(partial(stream.readline, limit + 1), b""), first):
+            if len(line) > limit and not line.endswith(b"\n"):
+                skip_line(stream)
+                yield from judge.overlong(row, line)
+                continue
+            try:  # the way of nearly every line: nothing but what it needs
+                content = loads(line)[key].encode()
+            except (ValueError, TypeError, KeyError, AttributeError):
+                content = b""
+            if 0 < len(content) <= longest:
+                yield Document(content, index, row)
+            elif not line.isspace():
+                yield from judge.records(_field(_parsed(line), key), row)
+    return row - first + 1
+
+
+def _parsed(record: bytes | Overlong) -> object:
+    """The value of some JSON, or the fault in it."""
+    if isinstance(record, Overlong):
+        return Fault("overlong", record.head)
+    try:
+        return orjson.loads(record)
+    except orjson.JSONDecodeError:
+        pass
+    try:  # the slow parser knows NaN, and tells lone surrogates and bad bytes from bad JSON
+        return json.loads(record.decode(errors="surrogateescape"))
+    except (ValueError, RecursionError):
+        return Fault("malformed JSON", record.strip())
+
+
+def _field(record: object, key: str) -> object:
+    if isinstance(record, Fault):
+        return record
+    if not isinstance(record, Mapping):
+        return Fault("not a JSON object", record)
+    if key not in record:
+        return Fault(f"no key {key!r}", record)
+    return record[key]
+
+
+def _read_json(piece: Piece, judge: Judge, first: int) -> Records:
+    row = first - 1
+    with _stream(piece) as stream:
+        for row, value in enumerate(_json_values(stream, judge.rules, piece.source.name), first):
+            if isinstance(value, Overlong):
+                yield from judge.overlong(row, value.head)
+            else:
+                yield from judge.records(_field(_parsed(value), judge.rules.key), row)
+    return row - first + 1
+
+
+def _json_values(stream: io.BufferedReader, rules: TextRules, name: str) -> Iterator[bytes | Overlong]:
+    """The elements of an array, or a single object, of a file that is one JSON value."""
+    wanted = "wanted an array of objects (one object a line belongs into a .jsonl file)"
+    while (head := stream.peek(1)[:1]).isspace():
+        stream.read(1)
+    if head == b"[":
+        stream.read(1)
+        yield from json_elements(stream, rules.max_record_bytes, name=name)
+    elif head:
+        content = stream.read(rules.max_record_bytes + 1)
+        if len(content) > rules.max_record_bytes:
+            raise UserError(f"{name} is one JSON value of over {rules.max_record_bytes} bytes; {wanted}")
+        if isinstance(_parsed(content), Fault):
+            raise UserError(f"{name} is not valid JSON: it begins with {content[:40]!r}; {wanted}")
+        yield content
+
+
+def _csv_header(records: Iterator[bytes | Overlong], name: str) -> list[str] | None:
+    for record in records:
+        if isinstance(record, Overlong):
+            raise UserError(f"{name} is not valid CSV: no end to its first row, which begins with {record.head[:40]!r}")
+        if fields := _csv_fields(record):
+            return fields
+    return None
+
+
+def _csv_fields(record: bytes) -> list[str]:
+    return next(csv.reader((record.decode(errors="surrogateescape"),)), [])
+
+
+def _read_csv(piece: Piece, judge: Judge, first: int) -> Records:
+    """Rows are those that hold something, after the header."""
+    csv.field_size_limit(2**31 - 1)  # the default refuses fields over 128 KiB; a C long bounds it
+    key, row = judge.rules.key, first
+    with _stream(piece) as stream:
+        records = csv_records(stream, judge.rules.max_record_bytes)
+        header = _csv_header(records, piece.source.name) or []
+        column = header.index(key) if key in header else None
+        for record in records:
+            if isinstance(record, Overlong):
+                yield from judge.overlong(row, record.head)
+            elif not (fields := _csv_fields(record)):
+                continue
+            elif column is None:
+                yield from judge.rejected(row, f"no key {key!r}", record)
+            else:
+                yield from judge.records(fields[column] if column < len(fields) else None, row)
+            row += 1
+    return row - first
+
+
+def _read_parquet(piece: Piece, judge: Judge, first: int) -> Records:
+    key, source, row = judge.rules.key, piece.source, first
+    with pq.ParquetFile(source.file, buffer_size=BLOCK_BYTES) as file:
+        require_column(file.schema_arrow.names, source.name, key)
+        if not piece.start < piece.stop <= file.num_row_groups:  # its metadata could not be read then
+            raise UserError(f"{source.name} is another file than when the work was planned; run again")
+        for group in range(piece.start, piece.stop):
+            metadata = file.metadata.row_group(group)
+            # Few rows at a time when they are large, and never many: equal texts are stored once.
+            step = min(_BATCH_BYTES * metadata.num_rows // max(column_bytes(metadata, key), 1), _BATCH_ROWS)
+            for batch in file.iter_batches(max(step, 1), row_groups=[group], columns=[key], use_threads=False):
+                yield from _column(batch.column(0), judge, row)
+                row += batch.num_rows
+    return row - first
+
+
+def column_bytes(group: Any, key: str) -> int:
+    """Unpacked bytes of the column `key` in the metadata of a row group."""
+    columns = (group.column(number) for number in range(group.num_columns))
+    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema.split(".")[0] == key)
+
+
+def _column(column: Any, judge: Judge, first: int) -> Iterator[Record]:
+    index, longest = judge.source, judge.rules.max_document_bytes
+    for row, value in enumerate(values_of(column), first):
+        if isinstance(value, bytes) and 0 < len(value) <= longest and value.isascii():
+            yield Document(value, index, row)
+        else:
+            yield from judge.records(value, row)
+
+
+def values_of(column: Any) -> list[Any]:
+    """Python values of an Arrow column; strings as bytes, so that a bad one costs itself and not its batch."""
+    kind = column.type
+    if isinstance(column, pa.ChunkedArray):
+        return [value for chunk in column.chunks for value in values_of(chunk)]
+    if pa.types.is_dictionary(kind):
+        values = values_of(column.dictionary)  # each made once, however often it occurs
+        return [None if number is None else values[number] for number in column.indices.to_pylist()]
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        column = column.cast(pa.large_binary())
+    found: list[Any] = column.to_pylist()
+    return found
+
+
+def _read_saved(piece: Piece, judge: Judge, first: int) -> Records:
+    key, row = judge.rules.key, first
+    require_column(load_saved(piece.source.name).column_names, piece.source.name, key)
+    for column in saved_columns(piece.source.name, key, piece.start, piece.stop):
+        yield from _column(column, judge, row)
+        row += len(column)
+    return row - first
+
+
+_READERS: dict[Kind, Callable[[Piece, Judge, int], Records]] = {
+    "text": _read_text,
+    "jsonl": _read_jsonl,
+    "json": _read_json,
+    "csv": _read_csv,
+    "parquet": _read_parquet,
+    "saved": _read_saved,
+}

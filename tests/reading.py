@@ -1,0 +1,63 @@
+"""Reading a corpus as preparation does: units in order, streams cut into parts, rows made absolute."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pipeline.data.corpus import UnitRows, find_corpus, read_unit
+from pipeline.data.formats import Document, Rejected, Source, TextRules
+from pipeline.data.plan import Unit, cut_stream, plan_units
+
+Records = list[Document | Rejected]
+
+
+def drain(unit: Unit, rules: TextRules) -> tuple[Records, UnitRows]:
+    """Records and return value of `read_unit`."""
+    records: Records = []
+    reading = read_unit(unit, rules)
+    while True:
+        try:
+            records.append(next(reading))
+        except StopIteration as end:
+            return records, end.value
+
+
+def units_of(sources: Sequence[Source], rules: TextRules) -> Iterator[Unit]:
+    """Units that can be read, the parts of streams among them."""
+    for unit in plan_units(sources, rules):
+        if not unit.stream:
+            yield unit
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            yield from cut_stream(unit, rules, into=lambda part, where=folder: Path(where, str(part)))
+
+
+def read_sources(sources: Sequence[Source], rules: TextRules) -> Records:
+    """All records; rows count from the beginning of their source."""
+    rows: Counter[int] = Counter()
+    found: Records = []
+    for unit in units_of(sources, rules):
+        records, counted = drain(unit, rules)
+        found += [record._replace(row=record.row + rows[record.source]) for record in records]
+        rows.update(counted.rows)
+    return found
+
+
+def read(*inputs: Path | str, rules: TextRules | None = None, exclude: tuple[str, ...] = ()) -> Records:
+    """All records of what is named."""
+    corpus = find_corpus([str(path) for path in inputs], exclude=exclude)
+    return read_sources(corpus.sources, rules or TextRules())
+
+
+def texts_of(records: Records) -> list[str]:
+    """The texts, where nothing was rejected."""
+    assert all(isinstance(record, Document) for record in records), records
+    return [record.content.decode() for record in records if isinstance(record, Document)]
+
+
+def faults_of(records: Records) -> list[tuple[int, str]]:
+    """Rows and reasons of what was rejected."""
+    return [(record.row, record.reason) for record in records if isinstance(record, Rejected)]
