@@ -10,13 +10,15 @@ curves.png. Exit code 0: done; 2: a mistake to mend, told in one message; 75: st
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from pipeline.cli import load_config
 from pipeline.config import Config
-from pipeline.data.dataset import Dataset, open_dataset
-from pipeline.data.loader import Loader, Prefetcher, training_loader, validation_loader
+from pipeline.data.loader import Loader, Prefetcher
+from pipeline.data.sources import TrainingData, ValidationSet, open_sources
 from pipeline.errors import StoppedEarly, UserError, run_command
-from pipeline.model.transformer import Decoder, build_model, count_parameters, flops_per_token, initialise
+from pipeline.model.transformer import Decoder, build_model, flops_per_token, initialise
+from pipeline.train.announce import announce
 from pipeline.train.checkpoint import TrainState
 from pipeline.train.guard import StopSignal
 from pipeline.train.metrics import Meter, device_peak_flops
@@ -30,33 +32,40 @@ from pipeline.train.step import Trainer, evaluate
 def main() -> None:
     """Settings and data are judged before any device is touched; then one run, from start to end."""
     config = load_config(sys.argv[1:])
-    dataset = open_dataset(config.data.path)
+    data = open_sources(config)
     runtime = Runtime.start(config)
-    pretrain(config, dataset, runtime)
+    pretrain(config, data, runtime)
     runtime.stop()
 
 
-def pretrain(config: Config, dataset: Dataset, runtime: Runtime) -> None:
+def pretrain(config: Config, data: TrainingData, runtime: Runtime) -> None:
     """Compose the run in the order of the flow: model, optimizer, state, batches, loop."""
-    model = make_model(config, dataset, runtime)
+    model = make_model(config, data, runtime)
     optimizer = build_optimizer(model, config.optim)
-    run = Run(config, dataset, runtime=runtime)
+    run = Run(config, data, runtime=runtime)
     state = run.resume(model, optimizer)
-    loader = training_loader(dataset, config, rank=runtime.rank, world_size=runtime.world_size)
-    validation = validation_loader(dataset, config, rank=runtime.rank, world_size=runtime.world_size)
+    blend = data.blend(state.phases)
+    loader = Loader(blend, config, rank=runtime.rank, world_size=runtime.world_size)
+    validation = data.validation(config, rank=runtime.rank, world_size=runtime.world_size)
     wrapped = parallelise(model, config.parallel, runtime=runtime, compiled=config.train.compile)
     trainer = Trainer(
         wrapped, optimizer, loader=loader, runtime=runtime, clip_norm=config.optim.clip_norm, seed=config.seed
     )
     trainer.load_loss_scale(state.loss_scale)
-    announce(config, state, model, loader, validation, runtime)
-    with Prefetcher(loader, first_row=state.rows, rows=config.batch_rows) as batches:
+    announce(config, state, model=model, loader=loader, data=data, blend=blend, runtime=runtime)
+    with Prefetcher(loader, schedule=state.rows_of, first_step=state.step + 1, device=runtime.device) as batches:
         train(run, state, batches, model=model, trainer=trainer, validation=validation)
     run.close()
 
 
 def train(
-    run: Run, state: TrainState, batches: Prefetcher, *, model: Decoder, trainer: Trainer, validation: Loader | None
+    run: Run,
+    state: TrainState,
+    batches: Prefetcher,
+    *,
+    model: Decoder,
+    trainer: Trainer,
+    validation: Sequence[ValidationSet],
 ) -> None:
     """The loop: it says when; the functions it calls say how."""
     config, runtime, last = run.config, run.runtime, run.config.total_steps
@@ -64,7 +73,7 @@ def train(
     stop = StopSignal()
     for step, batch in zip(range(state.step + 1, last + 1), batches, strict=False):
         result = trainer.step(batch, step=step, lr=learning_rate(step, config))
-        state = state.after(rows=config.batch_rows, targets=result.targets)
+        state = state.after(targets=result.targets)
         meter.count(tokens=result.targets, seconds=result.seconds, waited=batches.wait_seconds)
         if step % config.log.every == 0 or step == last:
             run.log_step(state, result, meter=meter)
@@ -80,15 +89,15 @@ def train(
     runtime.say(f"done: {state.step} steps, {state.tokens:,} tokens; next: python sample.py {config.run_dir}")
 
 
-def make_model(config: Config, dataset: Dataset, runtime: Runtime) -> Decoder:
-    """The model for this dataset's vocabulary, initialised on the device. Errors: a vocabulary that does not fit."""
+def make_model(config: Config, data: TrainingData, runtime: Runtime) -> Decoder:
+    """The model for the data's vocabulary, initialised on the device. Errors: a vocabulary that does not fit."""
     rows = config.model.vocab_size
-    if rows is not None and rows < dataset.vocab_size:
+    if rows is not None and rows < data.vocab_size:
         raise UserError(
-            f"model.vocab_size is {rows} but {dataset.path} has a vocabulary of {dataset.vocab_size} tokens; "
-            f"remove model.vocab_size or raise it to at least {dataset.vocab_size}"
+            f"model.vocab_size is {rows} but {data.where} has a vocabulary of {data.vocab_size} tokens; "
+            f"remove model.vocab_size or raise it to at least {data.vocab_size}"
         )
-    model = build_model(config.model, n_tokens=dataset.vocab_size).to(runtime.device)
+    model = build_model(config.model, n_tokens=data.vocab_size).to(runtime.device)
     initialise(model, seed=config.seed)
     return model
 
@@ -98,29 +107,6 @@ def make_meter(config: Config, model: Decoder, runtime: Runtime) -> Meter:
     peak = device_peak_flops(runtime.device, runtime.precision, override_tflops=config.log.peak_tflops)
     flops = flops_per_token(model, context_length=config.model.context_length)
     return Meter(flops_per_token=flops, peak_flops=None if peak is None else peak * runtime.world_size)
-
-
-def announce(
-    config: Config, state: TrainState, model: Decoder, loader: Loader, validation: Loader | None, runtime: Runtime
-) -> None:
-    """Say what is about to happen: sizes, the batch as an equation, epochs, the learning rate's course."""
-    rows, context, last = config.batch_rows, config.model.context_length, config.total_steps
-    accumulation = loader.accumulation(rows)
-    low, uneven = divmod(rows, runtime.world_size * accumulation)
-    micro = f"{low} to {low + 1}" if uneven else str(low)
-    epochs, all_tokens = last * rows / loader.windows.full_rows, last * config.train.batch_tokens
-    rates = ", ".join(
-        f"{learning_rate(s, config):.2e} at {s}" for s in sorted({state.step + 1, config.warmup or 1, last})
-    )
-    runtime.say(
-        f"{count_parameters(model):,} parameters; {runtime.describe()}\n"
-        f"batch: {runtime.world_size} ranks x {accumulation} accumulated x {micro} sequences x {context} tokens "
-        f"= {config.train.batch_tokens:,} tokens ({rows} sequences)\n"
-        f"{last:,} steps = {all_tokens:,} tokens = {epochs:.2f} epochs of {loader.windows.targets:,} tokens; "
-        f"learning rate {rates}"
-    )
-    if validation is None:
-        runtime.say(f"note: {config.data.path} has no validation split, nothing will be evaluated")
 
 
 if __name__ == "__main__":

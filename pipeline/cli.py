@@ -17,8 +17,9 @@ import tyro
 import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model
 
-from pipeline.config import FIELDS_ONLY, Config, Section
+from pipeline.config import Config
 from pipeline.errors import UserError, nearest
+from pipeline.section import FIELDS_ONLY, Section
 
 _YAML_WORDS = {"true": "True", "false": "False", "null": "None"}
 
@@ -125,7 +126,11 @@ def _explain(fault: Any) -> str:
 def _keys_of(location: list[str]) -> list[str]:
     section: type[BaseModel] = Config
     for part in location:
-        annotation = section.model_fields[part].annotation
+        if part.isdigit():  # a place in a list of sections
+            continue
+        annotation: Any = section.model_fields[part].annotation
+        if get_origin(annotation) is tuple:
+            annotation = get_args(annotation)[0]
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
         section = annotation
@@ -136,18 +141,19 @@ def _unchecked_twin(schema: type[BaseModel]) -> type[BaseModel]:
     """The same fields without bounds or cross-checks, so that tyro parses every flag before we judge."""
     fields: dict[str, Any] = {}
     for name, field in schema.model_fields.items():
-        annotation: Any = field.annotation
+        annotation = _unbounded(field.annotation)
         default = field.get_default(call_default_factory=True)
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            annotation = _unchecked_twin(annotation)
+        if isinstance(default, BaseModel):
             default = annotation.model_construct(**dict(default))
-        fields[name] = (_unbounded(annotation), Field(default=default, description=field.description))
+        fields[name] = (annotation, Field(default=default, description=field.description))
     return create_model(schema.__name__, __doc__=schema.__doc__, **fields)
 
 
 def _unbounded(annotation: Any) -> Any:
-    """The annotation without `Annotated` bounds, however deep."""
+    """The annotation without `Annotated` bounds, however deep; sections in a list become twins, too."""
     origin, inner = get_origin(annotation), get_args(annotation)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return _unchecked_twin(annotation)
     if origin is Annotated:
         return _unbounded(inner[0])
     if origin in (Union, UnionType):

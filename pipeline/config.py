@@ -8,51 +8,13 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import Field
 
-PositiveInt = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Beta = Annotated[float, Field(gt=0, lt=1)]
-
-
-FIELDS_ONLY: dict[str, Any] = {}
-"""Validation context that leaves contradictions out, so that the command line can list them all."""
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, closed to unknown keys, documented by its attributes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    def faults(self) -> list[str]:
-        """Contradictions between the keys of this section, each one sentence."""
-        return []
-
-    def _changed(self, key: str) -> bool:
-        return bool(getattr(self, key) != type(self).model_fields[key].default)
-
-    @model_validator(mode="after")
-    def _no_faults(self, info: ValidationInfo) -> Self:
-        faults = [] if info.context is FIELDS_ONLY else self.faults()
-        if faults:
-            raise ValueError("; ".join(faults))
-        return self
-
-
-class DataConfig(Section):
-    """What to train on."""
-
-    path: str = "data/quickstart"
-    """Dataset folder written by data_prep.py."""
-    document_mask: bool = False
-    """Confine attention to the document a token belongs to."""
-    cross_document_targets: bool = True
-    """Also learn to predict the first token of a document from the end of the one before it."""
+from pipeline.config_data import DataConfig as DataConfig  # part of this schema to all others
+from pipeline.ramp import Ramp
+from pipeline.section import Beta, Count, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section
 
 
 class ModelConfig(Section):
@@ -191,6 +153,15 @@ class OptimConfig(Section):
         return found
 
 
+class RampStage(Section):
+    """Some steps with a batch of their own."""
+
+    steps: PositiveInt
+    """Updates of this stage."""
+    batch_tokens: PositiveInt
+    """Tokens per update in it: a multiple of model.context_length."""
+
+
 class TrainConfig(Section):
     """The length of training and how a step is computed."""
 
@@ -200,6 +171,8 @@ class TrainConfig(Section):
     """The same in tokens, rounded up to whole steps."""
     batch_tokens: PositiveInt = 491520
     """Tokens per update over all ranks: a multiple of model.context_length. Accumulation is derived from it."""
+    batch_ramp: tuple[RampStage, ...] = ()
+    """Stages with other batches before that, from step 1 on: a list of {steps, batch_tokens}."""
     micro_batch: PositiveInt = 8
     """Sequences per forward pass on one rank: lower it when memory runs out. Without dropout only rounding changes."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -250,7 +223,7 @@ class EvalConfig(Section):
     every: PositiveInt = 1000
     """Steps between evaluations; the last step is always evaluated."""
     tokens: PositiveInt | None = None
-    """Evaluate on the first so many validation tokens, rounded up to whole windows (default: all)."""
+    """Evaluate on the first so many validation tokens of each dataset, rounded up to whole rows (default: all)."""
 
 
 class LogConfig(Section):
@@ -273,7 +246,7 @@ class Config(Section):
     """Folder of the run: record, curves and checkpoints."""
     seed: Count = 1337
     """Every random choice of the run is split from this seed."""
-    data: DataConfig = DataConfig()
+    data: DataConfig = DataConfig(path="data/quickstart")
     model: ModelConfig = ModelConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
@@ -284,9 +257,21 @@ class Config(Section):
     log: LogConfig = LogConfig()
 
     @property
-    def batch_rows(self) -> int:
-        """Sequences per update over all ranks."""
-        return self.train.batch_tokens // self.model.context_length
+    def ramp(self) -> Ramp:
+        """Tokens of each step's batch."""
+        return Ramp(
+            tuple((stage.steps, stage.batch_tokens) for stage in self.train.batch_ramp), self.train.batch_tokens
+        )
+
+    @property
+    def ramp_of_rows(self) -> Ramp:
+        """Sequences of each step's batch, over all ranks."""
+        context = self.model.context_length
+        return Ramp(tuple((steps, tokens // context) for steps, tokens in self.ramp.stages), self.ramp.full // context)
+
+    def rows_of_step(self, step: int) -> tuple[int, int]:
+        """First row and number of rows of step `step` (1 is the first), in a run under these settings all along."""
+        return self.ramp_of_rows.before(step), self.ramp_of_rows.of(step)
 
     @property
     def total_steps(self) -> int:
@@ -304,18 +289,20 @@ class Config(Section):
         return self._steps(self.optim.horizon_steps, self.optim.horizon_tokens) or self.total_steps
 
     def _steps(self, steps: int | None, tokens: int | None) -> int | None:
-        return steps if tokens is None else -(-tokens // self.train.batch_tokens)
+        return steps if tokens is None else self.ramp.steps(tokens)
 
     def faults(self) -> list[str]:
         """Contradictions between sections."""
         found = []
         context = self.model.context_length
-        if self.train.batch_tokens % context:
-            low = self.train.batch_tokens // context * context
-            found.append(
-                f"train.batch_tokens {self.train.batch_tokens} must be a multiple of model.context_length {context}; "
-                f"nearest: {' or '.join(str(n) for n in (low, low + context) if n)}"
-            )
+        stages = {f"batch_ramp.{n}.": stage.batch_tokens for n, stage in enumerate(self.train.batch_ramp)}
+        for stage, tokens in {**stages, "": self.train.batch_tokens}.items():
+            if tokens % context:
+                low = tokens // context * context
+                found.append(
+                    f"train.{stage}batch_tokens {tokens} must be a multiple of model.context_length {context}; "
+                    f"nearest: {' or '.join(str(n) for n in (low, low + context) if n)}"
+                )
         if self.warmup >= self.horizon and self.optim.schedule != "constant":
             found.append(f"warm-up of {self.warmup} steps leaves nothing of the horizon of {self.horizon} steps")
         stable = self.horizon * (1 - self.optim.decay_fraction)

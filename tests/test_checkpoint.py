@@ -8,14 +8,19 @@ import torch
 from safetensors import safe_open
 
 from pipeline.config import Config
+from pipeline.config_data import SourceConfig
+from pipeline.data.blend import Phase, PhaseSource
 from pipeline.errors import UserError
 from pipeline.model.transformer import Decoder, build_model, initialise
+from pipeline.ramp import Ramp
 from pipeline.train.checkpoint import (
+    BatchSizes,
     CheckpointStore,
     TrainState,
     list_checkpoints,
     load_model,
     newest_intact,
+    read_state,
     resolve_checkpoint,
     restore,
     verify,
@@ -35,10 +40,20 @@ def config_of(**checkpoint: int) -> Config:
 
 def state_at(step: int) -> TrainState:
     return TrainState(
-        step=step, rows=step * 4, tokens=step * 32, n_tokens=11, data_digest="d", tokenizer_fingerprint="t",
+        step=step,
+        rows=step * 4,
+        tokens=step * 32,
+        n_tokens=11,
+        phases=(Phase(row=0, sources=(source("d"),)),),
+        batches=(BatchSizes(after=0, row=0, ramp=Ramp(stages=(), full=4)),),
+        tokenizer_fingerprint="t",
         tokenizer_eos_id=3,
         precision="torch.float32",
-    )  # fmt: skip
+    )
+
+
+def source(digest: str, *, weight: float = 1.0) -> PhaseSource:
+    return PhaseSource(name=digest, digest=digest, settings=SourceConfig(path=digest, weight=weight))
 
 
 def trained(config: Config, *, steps: int = 3) -> tuple[Decoder, torch.optim.Optimizer]:
@@ -179,7 +194,7 @@ def test_foreign_format_is_refused(store: CheckpointStore) -> None:
     path = store.save(state_at(3), model=model, optimizer=optimizer)
     values = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps({**values, "format": 99}))
-    with pytest.raises(UserError, match="has format 99, this version reads 1"):
+    with pytest.raises(UserError, match="has format 99, this version reads 2"):
         restore(path, model=model, optimizer=optimizer)
 
 
@@ -199,3 +214,42 @@ def test_a_path_that_is_nothing_is_named_with_its_neighbour(store: CheckpointSto
         resolve_checkpoint(Path(str(store.folder) + "x"))
     assert resolve_checkpoint(path) == path
     assert resolve_checkpoint(store.folder.parent) == path
+
+
+def test_the_rows_of_every_step_survive_other_batch_sizes() -> None:
+    """A walk from step to step, with sizes changed on resuming at steps 5 and 7, and 7 once more before it is taken."""
+    state = state_at(0)
+    taken = []
+    ramps = {5: Ramp(((6, 2), (2, 3)), 8), 7: Ramp((), 1)}
+    for step in range(12):
+        for ramp in [Ramp((), 9), ramps[step]] if step in ramps else [state.batches[-1].ramp]:
+            state = state.continued((source("d"),), ramp)
+        taken.append(state.rows_of(step + 1))
+        state = TrainState.model_validate_json(state.after(targets=1).model_dump_json())
+    assert [rows for _, rows in taken] == [4] * 5 + [2, 3] + [1] * 5
+    firsts = [sum(rows for _, rows in taken[:n]) for n in range(12)]
+    assert [first for first, _ in taken] == firsts
+    assert [state.rows_of(step) for step in range(1, 13)] == taken
+    assert (state.step, state.rows, len(state.batches)) == (12, firsts[-1] + 1, 3)
+
+
+def test_a_phase_begins_where_shares_change_and_nowhere_else() -> None:
+    state = state_at(0).continued((source("a", weight=0.7), source("b", weight=0.3)), Ramp((), 4))
+    assert len(state.phases) == 1, "nothing was read in the first one"
+    state = state.after(targets=1)
+    scaled = (source("b", weight=3), source("a", weight=7))  # the same shares
+    assert state.continued(scaled, Ramp((), 4)).phases == (Phase(row=0, sources=scaled),)
+    other = (source("a", weight=0.5), source("b", weight=0.5))
+    state = state.continued(other, Ramp((), 4))
+    assert [phase.row for phase in state.phases] == [0, 4]
+    assert state.continued((source("c"),), Ramp((), 4)).phases[1:] == (Phase(row=4, sources=(source("c"),)),)
+
+
+def test_a_state_of_another_format_or_a_torn_one_is_named(tmp_path: Path) -> None:
+    for content, message in (
+        ('{"format": 1, "rows": 3}', "has format 1, this version reads 2"),
+        ('{"for', "cannot be"),
+    ):
+        (tmp_path / "state.json").write_text(content)
+        with pytest.raises(UserError, match=message):
+            read_state(tmp_path)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -10,7 +11,8 @@ import torch
 import yaml
 
 from pipeline.cli import load_config
-from pipeline.config import Config, ModelConfig, resolved
+from pipeline.config import Config, ModelConfig, RampStage, resolved
+from pipeline.config_data import SourceConfig
 from pipeline.errors import UserError
 from pipeline.model.transformer import build_model, count_parameters
 from pipeline.seeds import named_seed
@@ -48,7 +50,7 @@ def test_shakespeare_has_the_size_of_the_baseline() -> None:
     config = load_config([str(ROOT / "configs" / "shakespeare_char.yaml")])
     model, train = config.model, config.train
     assert (model.n_layers, model.n_heads, model.d_model, model.context_length, model.dropout) == (4, 4, 128, 64, 0.0)
-    assert (train.batch_tokens, config.batch_rows, config.total_steps) == (768, 12, 2000)
+    assert (train.batch_tokens, config.rows_of_step(1), config.total_steps) == (768, (0, 12), 2000)
 
 
 def test_flags_override_the_file_and_accept_dashes(tmp_path: Path) -> None:
@@ -100,6 +102,20 @@ def test_faults_of_flags_come_at_once(tmp_path: Path) -> None:
         ({"optim": {"schedule": "wsd", "warmup_steps": 900}, "train": {"steps": 1000}}, "reaches into the decay"),
         ({"checkpoint": {"every": 1000, "keep_every": 1500}}, "must be a multiple of every 1000"),
         ({"model": {"n_heads": 12, "n_kv_heads": 5}}, "multiple of n_kv_heads"),
+        ({"data": {"path": "a", "sources": [{"path": "b"}]}}, "path or sources, not both"),
+        ({"data": {"plan": "pack"}}, "give path .* or sources"),
+        ({"data": {"sources": [{"path": "a"}, {"path": "a"}]}}, "a is given 2 times: add up its weights"),
+        ({"data": {"sources": [{"path": "a"}], "eos": "x", "tokenizer": "gpt2"}}, "tokenizer, eos: give it with each"),
+        ({"data": {"path": "a", "dtype": "uint16"}}, "dtype of a: only for data of other tools"),
+        (
+            {"data": {"sources": [{"path": "a", "tokenizer": "t", "val": "b", "val_fraction": 0.1}]}},
+            "a: give val or val_",
+        ),
+        ({"data": {"path": "a", "plan": "pack", "cross_document_targets": False}}, "never predicts across documents"),
+        (
+            {"train": {"steps": 9, "batch_ramp": [{"steps": 2, "batch_tokens": 3000}]}},
+            "batch_ramp.0.batch_tokens 3000 must",
+        ),
     ],
 )
 def test_contradictions_are_refused(tmp_path: Path, settings: dict[str, object], expected: str) -> None:
@@ -141,10 +157,58 @@ def test_lengths_in_tokens_become_steps(tmp_path: Path) -> None:
 
 
 def test_resolved_settings_load_again(tmp_path: Path) -> None:
-    config = load_config([str(ROOT / "configs" / "llama_1b.yaml")])
-    path = tmp_path / "again.yaml"
-    path.write_text(yaml.safe_dump(resolved(config)))
-    assert load_config([str(path)]) == config
+    blend = tmp_path / "blend.yaml"
+    blend.write_text(
+        "data: {sources: [{path: a, weight: 7e-1}, {path: b, tokenizer: gpt2, dtype: uint16}], plan: pack}\n"
+        "train: {steps: 10, batch_ramp: [{steps: 3, batch_tokens: 2048}]}\n"
+    )
+    for source in (ROOT / "configs" / "llama_1b.yaml", blend):
+        config = load_config([str(source)])
+        path = tmp_path / "again.yaml"
+        path.write_text(yaml.safe_dump(resolved(config)))
+        assert load_config([str(path)]) == config
+
+
+def test_lists_of_sections_are_checked_and_overridden_like_others(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("data: {sources: [{path: a, weight: 0}, {path: b, wieght: 2}, {path: c, weight: .inf}]}\n")
+    with pytest.raises(UserError) as caught:
+        load_config([str(path)])
+    message = str(caught.value)
+    assert message.startswith("3 faults")
+    for expected in (
+        "data.sources.0.weight",
+        "data.sources.1.wieght: unknown key; did you mean 'weight'?",
+        "sources.2",
+    ):
+        assert expected in message
+    path.write_text("data: {sources: [{path: a}, {path: b, weight: 2}]}\n")
+    config = load_config([str(path), "--data.sources.0.weight", "0.5", "--data.sources.1.path", "d"])
+    assert [(source.path, source.weight) for source in config.data.all_sources] == [("a", 0.5), ("d", 2.0)]
+
+
+def test_one_path_is_a_blend_of_one(tmp_path: Path) -> None:
+    config = load_config(["--data.path", "x", "--data.tokenizer", "gpt2", "--data.val-fraction", "0.1"])
+    (source,) = config.data.all_sources
+    assert source == SourceConfig(path="x", weight=1.0, tokenizer="gpt2", val_fraction=0.1)
+
+
+def test_a_ramp_is_counted_exactly() -> None:
+    """Against a walk over the steps, for lengths at, below and above every edge."""
+    stages = [{"steps": 3, "batch_tokens": 64}, {"steps": 1, "batch_tokens": 256}, {"steps": 2, "batch_tokens": 32}]
+    train = {"batch_tokens": 128, "batch_ramp": stages}
+    values = {"model": {"context_length": 32}, "optim": {"schedule": "constant"}}
+    sizes = [64, 64, 64, 256, 32, 32, *[128] * 20]
+    taken = list(accumulate(sizes, initial=0))
+    for tokens in range(1, taken[-1]):
+        optim = {"schedule": "constant", "warmup_tokens": tokens // 3}
+        config = Config.model_validate({**values, "optim": optim, "train": {**train, "tokens": tokens}})
+        wanted = [next(step for step, sum_ in enumerate(taken) if sum_ >= n) for n in (tokens, tokens // 3)]
+        assert [config.total_steps, config.warmup] == wanted
+    config = Config.model_validate({**values, "train": {**train, "steps": 20}})
+    assert [config.rows_of_step(step) for step in range(1, 27)] == [
+        (before // 32, size // 32) for before, size in zip(taken, sizes, strict=False)
+    ]
 
 
 def test_json_schema_is_current() -> None:
@@ -153,9 +217,9 @@ def test_json_schema_is_current() -> None:
 
 def test_every_key_is_documented_and_read() -> None:
     """A key that nobody reads would be accepted and ignored."""
-    files = [p for p in [*(ROOT / "pipeline").rglob("*.py"), *ROOT.glob("*.py")] if p.name != "config.py"]
+    files = [p for p in [*(ROOT / "pipeline").rglob("*.py"), *ROOT.glob("*.py")] if "config" not in p.name]
     read = " ".join(path.read_text(encoding="utf-8") for path in files)
-    own = (ROOT / "pipeline" / "config.py").read_text(encoding="utf-8")
+    own = "".join((ROOT / "pipeline" / name).read_text(encoding="utf-8") for name in ("config.py", "config_data.py"))
     unread = []
     for section, field in Config.model_fields.items():
         for key in getattr(field.annotation, "model_fields", {}):
@@ -163,6 +227,7 @@ def test_every_key_is_documented_and_read() -> None:
             # length or size that config.py resolves for all
             handed_on = section in ("data", "model", "objective", "optim", "train", "parallel")
             names = [section, "config"] if handed_on else [section]
+            names += ["source"] if section == "data" else []
             used = any(re.search(rf"\b{name}\.{key}\b", read) for name in names)
             resolves = re.search(rf"self\.({section}\.)?{key}\b", own) and key not in ("every", "tokens")
             if not (used or resolves):
@@ -170,7 +235,9 @@ def test_every_key_is_documented_and_read() -> None:
     assert unread == []
     assert re.search(r"config\.seed\b", read)
     assert re.search(r"config\.run_dir\b", read)
-    keys = []
+    for name, listed in (("(source|settings)", SourceConfig), ("stage", RampStage)):
+        assert [key for key in listed.model_fields if not re.search(rf"\b{name}\.{key}\b", read + own)] == []
+    keys = [*SourceConfig.model_fields.items(), *RampStage.model_fields.items()]
     for name, field in Config.model_fields.items():
         section = field.annotation
         keys += list(section.model_fields.items()) if hasattr(section, "model_fields") else [(name, field)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -222,6 +223,36 @@ def test_documents_are_hidden_from_each_other() -> None:
     whole = model(batch, documents=documents)
     torch.testing.assert_close(whole[:, 9:], model(batch[:, 9:]), atol=1e-5, rtol=1e-4)  # rotary is relative
     torch.testing.assert_close(whole[:, :9], model(batch[:, :9]), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("position", ["learned", "rotary", "sinusoidal"])
+@pytest.mark.parametrize("window", [None, 6])
+def test_packed_documents_are_as_if_alone(position: str, window: int | None) -> None:
+    """Positions that begin again with each document, and a mask: every document as in a row of its own."""
+    model = make(position=position, windows=(window,))
+    batch = tokens(rows=2)
+    edges = [[0, 9, 10, 24], [0, 3, 17, 24]]
+    documents, positions = torch.zeros(2, 24, dtype=torch.long), torch.zeros(2, 24, dtype=torch.long)
+    for row, ends in enumerate(edges):
+        for number, (start, stop) in enumerate(itertools.pairwise(ends)):
+            documents[row, start:stop], positions[row, start:stop] = number, torch.arange(stop - start)
+    whole = model(batch, documents=documents, positions=positions)
+    for row, ends in enumerate(edges):
+        for start, stop in itertools.pairwise(ends):
+            alone = model(batch[row : row + 1, start:stop])
+            torch.testing.assert_close(whole[row : row + 1, start:stop], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_positions_that_begin_again_hide_nothing() -> None:
+    """Without a mask a packed row is plain causal attention: its first token reaches the last, whatever its position."""
+    positions = torch.cat([torch.arange(20), torch.arange(4)])[None]
+    before = tokens(rows=1)
+    after = before.clone()
+    after[:, 0] = (after[:, 0] + 1) % VOCABULARY
+    for windows in [(None,), (23,)]:  # the second needs a mask
+        model = make(position="learned", windows=windows)
+        change = (model(before, positions=positions) - model(after, positions=positions)).abs().amax(-1)[0]
+        assert (change[:23] > 1e-6).all()
 
 
 def test_soft_cap_bounds_logits() -> None:

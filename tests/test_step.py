@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.config import Config
-from pipeline.data.dataset import open_dataset
-from pipeline.data.loader import training_loader, validation_loader
+from pipeline.data.blend import Phase
+from pipeline.data.loader import Loader
+from pipeline.data.sources import TrainingData, open_sources
 from pipeline.errors import UserError
 from pipeline.model.transformer import Decoder, build_model, initialise
 from pipeline.train.optim import build_optimizer
@@ -23,6 +24,7 @@ from pipeline.train.step import Trainer, evaluate
 
 def settings(**sections: dict[str, Any]) -> Config:
     values: dict[str, Any] = {
+        "data": {"path": "given as it is"},
         "model": {"n_layers": 1, "n_heads": 2, "d_model": 16, "context_length": 32},
         "train": {"steps": 100, "batch_tokens": 256, "micro_batch": 3, "precision": "fp32", "device": "cpu"},
     }
@@ -31,12 +33,17 @@ def settings(**sections: dict[str, Any]) -> Config:
     return Config.model_validate(values)
 
 
+def data_of(dataset: Path, config: Config) -> TrainingData:
+    data = config.data.model_copy(update={"path": str(dataset)})
+    return open_sources(config.model_copy(update={"data": data}))
+
+
 def make(dataset: Path, config: Config, *, precision: torch.dtype = torch.float32) -> tuple[Decoder, Trainer]:
     runtime = dataclasses.replace(Runtime.start(config), precision=precision)
-    opened = open_dataset(dataset)
-    model = build_model(config.model, n_tokens=opened.vocab_size)
+    data = data_of(dataset, config)
+    model = build_model(config.model, n_tokens=data.vocab_size)
     initialise(model, seed=1)
-    loader = training_loader(opened, config, rank=0, world_size=1)
+    loader = Loader(data.blend([Phase(row=0, sources=data.described())]), config, rank=0, world_size=1)
     optimizer = build_optimizer(model, config.optim)
     clip = config.optim.clip_norm
     return model, Trainer(model, optimizer, loader=loader, runtime=runtime, clip_norm=clip, seed=config.seed)
@@ -113,12 +120,11 @@ def test_loss_scale_goes_on_where_it_was(dataset: Path) -> None:
 
 def test_evaluation_is_the_mean_over_every_validation_token(dataset: Path) -> None:
     config = settings()
-    opened = open_dataset(dataset)
     model, trainer = make(dataset, config)
-    loader = validation_loader(opened, config, rank=0, world_size=1)
-    assert loader is not None
-    found = evaluate(model, loader, runtime=trainer.runtime, tokens=None)
-    split = opened.split("val")
+    data = data_of(dataset, config)
+    validation = data.validation(config, rank=0, world_size=1)
+    found = evaluate(model, validation, runtime=trainer.runtime, tokens=None)
+    split = data.sources[0].dataset.split("val")
     stream = torch.from_numpy(split.tokens(0, split.n_tokens).astype("int64"))
     nats, targets = 0.0, 0
     for start in range(0, len(stream) - 1, 32):  # one window at a time
@@ -130,7 +136,7 @@ def test_evaluation_is_the_mean_over_every_validation_token(dataset: Path) -> No
     assert found.loss == pytest.approx(nats / targets, rel=1e-6)
     in_bytes = found.loss / math.log(2) * split.n_tokens / split.text_bytes
     assert found.bits_per_byte == pytest.approx(in_bytes)
-    part = evaluate(model, loader, runtime=trainer.runtime, tokens=100)
+    part = evaluate(model, validation, runtime=trainer.runtime, tokens=100)
     assert part.targets == 128  # whole windows
     assert model.training
 

@@ -76,10 +76,12 @@ class Stack(nn.Module):
         if config.position == "rotary":
             rotation = Rotation.of(positions, head_dim=config.head_dim, theta=config.rope_theta)
         keys = torch.arange(visible, device=positions.device)  # (K,)
+        # Positions of packed rows begin again with each document; what is earlier is told by the place in the row.
+        places = keys[None] if cache is None else positions  # (B or 1, T)
         masks: dict[int | None, Tensor | None] = {}
         for window in set(config.windows):
             plain = cache is None and documents is None and (window is None or window >= visible)
-            masks[window] = None if plain else causal_mask(positions, keys, window=window, documents=documents)
+            masks[window] = None if plain else causal_mask(places, keys, window=window, documents=documents)
         return Sight(positions=positions, rotation=rotation, masks=masks, cache=cache, visible=visible)
 
 
@@ -136,9 +138,9 @@ class Decoder(nn.Module):
         """Logits (B, T, V), or the summed loss in nats () when `labels` (B, T) are given.
 
         tokens: (B, T) ids. labels: next ids, -100 where there is nothing to predict. documents: (B, T) numbers;
-        attention stays within equal ones. positions: (B or 1, T), default 0..T-1. With a cache, keys at positions
-        0..visible-1 are looked at; default T. last: (B,) one index into T per row, the only position whose logits
-        are wanted, which are then (B, 1, V): the head costs as much as several blocks.
+        attention stays within equal ones. positions: (B or 1, T), default 0..T-1; they may begin again within a row.
+        With a cache, keys at positions 0..visible-1 are looked at; default T. last: (B,) one index into T per row, the
+        only position whose logits are wanted, which are then (B, 1, V): the head costs as much as several blocks.
         """
         rows, time = tokens.shape
         if positions is None:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import xxhash
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -36,17 +36,32 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from pipeline.cli import config_from_values, read_yaml
 from pipeline.config import Config, resolved
+from pipeline.data.blend import Phase, PhaseSource, continued
 from pipeline.errors import UserError, nearest
 from pipeline.files import fsync_folder
 from pipeline.model.transformer import Decoder, build_model
+from pipeline.ramp import Ramp
 from pipeline.train.runtime import Runtime
 
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"step-(\d{8,})")
 
 
+class BatchSizes(BaseModel):
+    """From step `after` + 1 on, which begins at row `row`, each step takes its rows by `ramp`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    after: int
+    row: int
+    ramp: Ramp
+
+
 class TrainState(BaseModel):
-    """Where a run stands. The next batch starts at row `rows`; there is no other data position."""
+    """Where a run stands. The next batch starts at row `rows`; there is no other data position.
+
+    `phases` say what the rows are, `batches` which of them each step took; both grow when a resumed run changes them.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -55,16 +70,33 @@ class TrainState(BaseModel):
     rows: int
     tokens: int
     n_tokens: int
-    data_digest: str
+    phases: tuple[Phase, ...]
+    batches: tuple[BatchSizes, ...]
     tokenizer_fingerprint: str
     tokenizer_eos_id: int
     precision: str
     loss_scale: dict[str, float | int] = {}
 
-    def after(self, *, rows: int, targets: int) -> TrainState:
-        """The state one update later."""
-        changed = {"step": self.step + 1, "rows": self.rows + rows, "tokens": self.tokens + targets}
+    def rows_of(self, step: int) -> tuple[int, int]:
+        """First row and number of rows of any step, one of the past or one to come."""
+        sizes = next(sizes for sizes in reversed(self.batches) if sizes.after < step)
+        return sizes.row + sizes.ramp.before(step) - sizes.ramp.before(sizes.after + 1), sizes.ramp.of(step)
+
+    def after(self, *, targets: int) -> TrainState:
+        """The state one update later, which had so many targets."""
+        first, rows = self.rows_of(self.step + 1)
+        assert first == self.rows, f"step {self.step + 1} begins at row {first}, got as far as {self.rows}"
+        changed = {"step": self.step + 1, "rows": first + rows, "tokens": self.tokens + targets}
         return self.model_copy(update=changed)
+
+    def continued(self, sources: tuple[PhaseSource, ...], ramp: Ramp) -> TrainState:
+        """The state from which a run goes on with these datasets and sizes of batches, perhaps new ones."""
+        batches = self.batches
+        if ramp != batches[-1].ramp:
+            batches = (*(sizes for sizes in batches if sizes.after < self.step),)
+            batches += (BatchSizes(after=self.step, row=self.rows, ramp=ramp),)
+        phases = continued(self.phases, sources, row=self.rows)
+        return self.model_copy(update={"batches": batches, "phases": phases})
 
 
 class CheckpointStore:
@@ -270,13 +302,18 @@ def verify(checkpoint: Path) -> list[str]:
 
 def read_state(checkpoint: Path) -> TrainState:
     """state.json, checked."""
+    path = checkpoint / "state.json"
     try:
-        state = TrainState.model_validate_json((checkpoint / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValidationError) as error:
-        raise UserError(f"{checkpoint / 'state.json'} cannot be read: {error}") from None
-    if state.format != FORMAT:
-        raise UserError(f"{checkpoint} has format {state.format}, this version reads {FORMAT}")
-    return state
+        values = json.loads(path.read_text(encoding="utf-8"))
+        found = values["format"]  # first: another format has other keys
+        if found == FORMAT:
+            return TrainState.model_validate(values)
+    except (OSError, ValueError, KeyError, TypeError) as error:  # pydantic's is a ValueError
+        raise UserError(f"{path} cannot be read: {error}") from None
+    raise UserError(
+        f"{checkpoint} has format {found}, this version reads {FORMAT}: "
+        "go on with the version that wrote it, or start another run"
+    )
 
 
 def read_config(checkpoint: Path) -> Config:

@@ -29,13 +29,13 @@ def refuse_update(
     finite, the gradient is not, or another rank's loss, and all of them are.
     """
     bad = [number for number, finite in enumerate(losses.isfinite().tolist()) if not finite]
-    windows = np.concatenate([batch.windows[number] for number in bad or range(len(batch.windows))])
-    documents = loader.sources(windows)
+    rows = np.concatenate([batch.rows[number] for number in bad or range(len(batch.rows))])
+    documents = loader.sources(rows)
     shown = "\n".join(f"    {document}" for document in documents[:SHOWN])
     more = f"\n    and {len(documents) - SHOWN} more" if len(documents) > SHOWN else ""
     raise UserError(
         f"step {step}: loss {loss}, gradient norm {grad_norm}. The update was not applied and checkpoints of earlier "
-        f"steps are intact.\n  windows {windows.tolist()[:SHOWN]} of the training split, from\n{shown}{more}\n"
+        f"steps are intact.\n  rows {rows.tolist()[:SHOWN]} of the run, from\n{shown}{more}\n"
         "  To go on: look at these documents, lower optim.lr or optim.clip_norm, or use train.precision fp32 "
         "(with checkpoint.allow_changes true)."
     )

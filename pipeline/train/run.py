@@ -2,7 +2,7 @@
 
     runs/NAME/config.yaml  environment.json  metrics.jsonl  curves.png  checkpoints/
 
-In: the configuration and the dataset. Out: a `Run` that resumes from the newest intact checkpoint when the
+In: the configuration and the data. Out: a `Run` that resumes from the newest intact checkpoint when the
 same command is given again, and refuses when data or model are not what they were.
 """
 
@@ -19,12 +19,14 @@ import torch
 import yaml
 
 from pipeline.config import Config, resolved
-from pipeline.data.dataset import Dataset
+from pipeline.config_data import Origin
+from pipeline.data.blend import Phase
+from pipeline.data.sources import TrainingData
 from pipeline.errors import UserError
 from pipeline.files import write_durably
 from pipeline.locks import locked
 from pipeline.model.transformer import Decoder
-from pipeline.train.checkpoint import CheckpointStore, TrainState, read_config, read_state, restore
+from pipeline.train.checkpoint import BatchSizes, CheckpointStore, TrainState, read_config, read_state, restore
 from pipeline.train.curves import draw_curves
 from pipeline.train.metrics import ConsoleLine, Meter, Record, read_record
 from pipeline.train.runtime import Runtime, Trackers, environment
@@ -33,7 +35,9 @@ from pipeline.train.step import Evaluation, StepResult
 # Sections whose change makes it another run; what may change freely is the rest of the run's surroundings.
 FIXED = ("seed", "data", "model", "objective")
 FREE = ("run_dir", "parallel", "checkpoint", "eval", "log")
-FREE_KEYS = ("train.steps", "train.tokens", "train.device", "train.precision", "train.compile")
+FREE_KEYS = ("train.steps", "train.tokens", "train.device", "train.precision", "train.compile", "data.max_epochs")
+# A dataset is known by its digest, which covers all that is said of it, and may be moved; see `Run._data_changes`.
+BY_DIGEST = ("path", "sources", *Origin.model_fields)
 
 DRAW_SECONDS = 60.0  # curves.png is drawn with a checkpoint at most this often: a picture costs a third of a second
 
@@ -41,12 +45,12 @@ DRAW_SECONDS = 60.0  # curves.png is drawn with a checkpoint at most this often:
 class Run:
     """Record, checkpoints and trackers of one run folder."""
 
-    def __init__(self, config: Config, dataset: Dataset, *, runtime: Runtime) -> None:
+    def __init__(self, config: Config, data: TrainingData, *, runtime: Runtime) -> None:
         self.config = config
-        self.dataset = dataset
+        self.data = data
         self.runtime = runtime
         self.folder = Path(config.run_dir)
-        tokenizer = dataset.tokenizer_json
+        tokenizer = data.tokenizer_json
         self.store = CheckpointStore(self.folder / "checkpoints", config, tokenizer_json=tokenizer, runtime=runtime)
         self.record = Record(self.folder / "metrics.jsonl")
         self.console = ConsoleLine(runtime.console, total_steps=config.total_steps)
@@ -71,6 +75,7 @@ class Run:
         else:
             self._refuse_another_run(newest)
             state = restore(newest, model=model, optimizer=optimizer)
+            state = state.continued(self.data.described(), self.config.ramp_of_rows)
             self.runtime.say(f"resuming from {newest}")
         if state.step >= self.config.total_steps:
             self.runtime.say(
@@ -87,23 +92,23 @@ class Run:
             rows=0,
             tokens=0,
             n_tokens=model.n_tokens,
-            data_digest=self.dataset.data_digest,
-            tokenizer_fingerprint=self.dataset.tokenizer_fingerprint,
-            tokenizer_eos_id=self.dataset.eos_id,
+            phases=(Phase(row=0, sources=self.data.described()),),
+            batches=(BatchSizes(after=0, row=0, ramp=self.config.ramp_of_rows),),
+            tokenizer_fingerprint=self.data.tokenizer_fingerprint,
+            tokenizer_eos_id=self.data.eos_id,
             precision=str(self.runtime.precision),
         )
 
     def _refuse_another_run(self, checkpoint: Path) -> None:
         state = read_state(checkpoint)
-        was = (state.tokenizer_fingerprint, state.data_digest)
-        now = (self.dataset.tokenizer_fingerprint, self.dataset.data_digest)
-        for name, old, new in zip(("tokenizer", "data"), was, now, strict=True):
-            if old != new:
-                raise UserError(
-                    f"the {name} of {self.dataset.path} is not the one that {checkpoint} was trained with: "
-                    f"checkpoint {old[:16]}, dataset {new[:16]}; restore the dataset or choose another --run-dir"
-                )
+        was, now = state.tokenizer_fingerprint, self.data.tokenizer_fingerprint
+        if was != now:
+            raise UserError(
+                f"the tokenizer of {self.data.where} is not the one that {checkpoint} was trained with: "
+                f"checkpoint {was[:16]}, data {now[:16]}; restore the data or choose another --run-dir"
+            )
         changes = changed_settings(read_config(checkpoint), self.config, n_tokens=state.n_tokens)
+        changes |= self._data_changes(state.phases[-1], checkpoint)
         precision = str(self.runtime.precision)
         if state.precision != precision:  # the resolved one: "auto" may mean another on this machine
             changes["train.precision"] = f"train.precision: {state.precision} -> {precision}"
@@ -120,13 +125,29 @@ class Run:
                 + "\n  ".join(changes.values())
             )
         lengths = (self.config.train.tokens, self.config.optim.warmup_tokens, self.config.optim.horizon_tokens)
-        if "train.batch_tokens" in changes and any(lengths):
+        sizes = [changes[key] for key in ("train.batch_tokens", "train.batch_ramp") if key in changes]
+        if sizes and any(lengths):
             raise UserError(
-                f"{changes['train.batch_tokens']}: lengths given in tokens are counted in steps of one batch size; "
+                f"{'; '.join(sizes)}: lengths given in tokens are counted in steps of one course of batch sizes; "
                 "give train.steps, optim.warmup_steps and optim.horizon_steps instead"
             )
         for line in changes.values():
             self.runtime.say(f"changed on resuming: {line}")
+
+    def _data_changes(self, before: Phase, checkpoint: Path) -> dict[str, str]:
+        """Other weights, and with `checkpoint.allow_changes` other datasets."""
+        now = Phase(row=0, sources=self.data.described())
+        if before.shares() == now.shares():
+            return {}
+        missing = {one.digest: f"{one.name} {one.digest[:16]}" for one in before.sources}
+        added = {one.digest: f"{one.name} {one.digest[:16]}" for one in now.sources}
+        if missing.keys() != added.keys() and not self.config.checkpoint.allow_changes:
+            raise UserError(
+                f"the data of {self.data.where} is not the one that {checkpoint} was trained with: "
+                f"checkpoint {', '.join(missing.values())}; now {', '.join(added.values())}; restore it, choose "
+                "another --run-dir, or go on with the new data by --checkpoint.allow-changes true"
+            )
+        return {"data.sources": f"data.sources: {before.describe()} -> {now.describe()}"}
 
     def _open(self, state: TrainState) -> None:
         """Write the folder's description and bring the record back to `state`."""
@@ -151,8 +172,10 @@ class Run:
         self._log({**line, "grad_norm": result.grad_norm, **meter.take()})
 
     def log_evaluation(self, state: TrainState, evaluation: Evaluation) -> None:
-        """Record an evaluation."""
+        """Record an evaluation; of a blend also the loss on each dataset."""
         line = {"step": state.step, "tokens": state.tokens, "val_loss": evaluation.loss}
+        if len(self.data.sources) > 1:
+            line.update({f"val_loss/{name}": loss for name, loss in evaluation.sources.items()})
         line["val_bits_per_byte"] = evaluation.bits_per_byte
         self._log({**line, "val_targets": evaluation.targets})
 
@@ -215,7 +238,9 @@ def _meaning(config: Config, n_tokens: int) -> dict[str, Any]:
     model = config.model
     flat.update({"model.n_kv_heads": model.kv_heads, "model.d_ff": model.hidden})
     flat["model.vocab_size"] = model.embedding_rows(n_tokens)
-    flat["data.path"] = None  # a dataset is known by its digest and may be moved
+    flat.update({f"data.{key}": None for key in BY_DIGEST})
+    stages = [f"{stage.steps} steps of {stage.batch_tokens}" for stage in config.train.batch_ramp]
+    flat["train.batch_ramp"] = ", ".join(stages) or None
     return flat
 
 

@@ -8,7 +8,7 @@ so splitting the same rows differently changes nothing but rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.loader import Loader, RankBatch
+from pipeline.data.sources import ValidationSet
 from pipeline.errors import UserError
 from pipeline.seeds import named_seed
 from pipeline.train.guard import refuse_update
@@ -140,40 +141,51 @@ def naming_memory() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """loss: mean nats per target over the validation set; bits_per_byte compares across tokenizers."""
+    """loss: mean nats per target over all validation sets; bits_per_byte compares across tokenizers.
+
+    sources: the loss on each validation set by its name.
+    """
 
     loss: float
     bits_per_byte: float
     targets: int
+    sources: dict[str, float]
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: Loader, *, runtime: Runtime, tokens: int | None) -> Evaluation:
-    """Mean loss over the first `tokens` tokens (default: all) of a fixed validation set, each counted once.
+def evaluate(
+    model: nn.Module, validation: Sequence[ValidationSet], *, runtime: Runtime, tokens: int | None
+) -> Evaluation:
+    """Mean loss over the first `tokens` tokens (default: all) of each fixed validation set, each counted once.
 
-    bits per byte = nats per token / ln 2 * tokens per byte of the whole split, end-of-document tokens included.
+    bits per byte = nats / ln 2 / bytes, where a target stands for as many bytes as a token has on average in its
+    whole split, end-of-document tokens included.
     """
     model.eval()
-    nats, counted = torch.zeros((), dtype=torch.float64, device=runtime.device), 0
-    for batch in _validation_batches(loader, tokens=tokens):
-        for part in batch.micro_batches:
-            counted += part.targets
-            part = part.to(runtime.device)
-            with runtime.autocast(), naming_memory():
-                nats += model(**part.inputs, labels=part.labels).double()
+    nats, targets, text_bytes, losses = 0.0, 0, 0.0, {}
+    for one in validation:
+        total, counted = torch.zeros((), dtype=torch.float64, device=runtime.device), 0
+        for batch in _validation_batches(one, tokens=tokens):
+            for part in batch.micro_batches:
+                counted += part.targets
+                part = part.to(runtime.device)
+                with runtime.autocast(), naming_memory():
+                    total += model(**part.inputs, labels=part.labels).double()
+        counted = runtime.sum_of_counts(counted)
+        loss = runtime.sum(total).item() / max(counted, 1)
+        if counted == 0 or not math.isfinite(loss):
+            raise UserError(f"validation loss is {loss} over {counted} targets; look at the val split of {one.name}")
+        losses[one.name] = loss
+        nats, targets = nats + loss * counted, targets + counted
+        text_bytes += counted * one.plan.split.text_bytes / one.plan.split.n_tokens
     model.train()
-    targets = runtime.sum_of_counts(counted)
-    loss = runtime.sum(nats).item() / max(targets, 1)
-    split = loader.windows.split
-    if targets == 0 or not math.isfinite(loss):
-        raise UserError(f"validation loss is {loss} over {targets} targets; look at the val split of data.path")
-    return Evaluation(loss, loss / math.log(2) * split.n_tokens / split.text_bytes, int(targets))
+    return Evaluation(nats / targets, nats / math.log(2) / text_bytes, targets, sources=losses)
 
 
-def _validation_batches(loader: Loader, *, tokens: int | None) -> Iterator[RankBatch]:
-    rows = loader.windows.all_rows
+def _validation_batches(one: ValidationSet, *, tokens: int | None) -> Iterator[RankBatch]:
+    loader, rows = one.loader, one.plan.all_rows
     if tokens is not None:
-        rows = min(rows, -(-tokens // loader.windows.context_length))
+        rows = min(rows, -(-tokens // one.plan.context_length))
     # whole micro-batches: a compiled model then sees one shape, but for the last rows
     size = max(EVALUATION_ROWS // loader.micro_batch, 1) * loader.micro_batch * loader.world_size
     for first in range(0, rows, size):

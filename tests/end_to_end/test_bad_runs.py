@@ -239,7 +239,7 @@ def test_other_batch_with_lengths_in_tokens_is_refused(dataset: Path, tmp_path: 
     config = write_config(tmp_path / "run.yaml", tiny_settings(dataset, tmp_path / "run", train=train))
     assert run_pretrain(config)[0] == 0
     flags = ("--train.batch-tokens", "128", "--checkpoint.allow-changes", "true")
-    assert "counted in steps of one batch size" in mistake(config, *flags)
+    assert "counted in steps of one course of batch sizes" in mistake(config, *flags)
 
 
 def test_micro_batch_is_part_of_the_run_when_there_is_dropout(dataset: Path, tmp_path: Path) -> None:

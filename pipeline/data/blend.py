@@ -1,0 +1,165 @@
+"""Which dataset a row comes from: a blend as a pure function of the row.
+
+In: phases, each saying from which row on which datasets are blended by which weights. Out: for any row its dataset
+and the row of that dataset; a `Blend` is a source of rows to the loader. A dataset's rows are taken in its own order,
+one after the other through all phases, so new weights repeat none and lose none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from functools import lru_cache
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from pipeline.config_data import SourceConfig
+from pipeline.data.loader import Shuffled
+from pipeline.data.order import Indices, permute
+from pipeline.data.rows import Origin, Rows
+from pipeline.errors import UserError
+from pipeline.seeds import named_seed
+
+# Rows are dealt in blocks that hold each dataset's exact share, shuffled within. Small ones keep the shares true in
+# short runs: at any row a count is off by what one block can hold, in practice a few rows.
+BLOCK = 256
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PhaseSource(_Record):
+    """A dataset of a phase: what it is called, the digest it is known by, and how it was given."""
+
+    name: str
+    digest: str
+    settings: SourceConfig
+
+
+class Phase(_Record):
+    """From row `row` on these datasets are blended, by `settings.weight`."""
+
+    row: int
+    sources: tuple[PhaseSource, ...]
+
+    def shares(self) -> dict[str, Fraction]:
+        """Exact share of each digest, the smallest first; weights are the decimals that were written."""
+        weights = {source.digest: Fraction(repr(source.settings.weight)) for source in self.sources}
+        total = sum(weights.values())
+        return {digest: weights[digest] / total for digest in sorted(weights, key=lambda one: (weights[one], one))}
+
+    def describe(self) -> str:
+        """The datasets and their shares in words."""
+        shares = self.shares()
+        return ", ".join(f"{float(shares[source.digest]):.2%} {source.name}" for source in self.sources)
+
+
+def continued(phases: Sequence[Phase], sources: Sequence[PhaseSource], *, row: int) -> tuple[Phase, ...]:
+    """`phases` with `sources` from `row` on; the last one goes on where datasets and shares are the same."""
+    last = phases[-1]
+    same = Phase(row=last.row, sources=tuple(sources))  # names and places may have changed all the same
+    if same.shares() == last.shares() or row == last.row:
+        return (*phases[:-1], same)
+    return (*phases, Phase(row=row, sources=tuple(sources)))
+
+
+def counts(shares: Sequence[Fraction], rows: int) -> list[int]:
+    """How many of the first `rows` rows each share gets: whole numbers that sum to `rows` and never fall.
+
+    Nested: of the m rows that the first j + 1 shares got, the first j get floor(m * their part of it). Each added row
+    so goes to exactly one. With shares in ascending order and n of them, a count is above the ideal by less than 1
+    and below it by less than 1 + 1/2 + ... + 1/(n - 1), however many rows there are.
+    """
+    found, left, together = [], rows, sum(shares, Fraction(0))
+    for share in reversed(shares):
+        inner = left * (together - share) // together
+        found.append(left - inner)
+        left, together = inner, together - share
+    return found[::-1]
+
+
+class Blend:
+    """The rows of a run: a `RowSource` over the datasets of all its phases.
+
+    sources: rows of each dataset by digest; those of earlier phases may be missing, then their rows cannot be read.
+    """
+
+    def __init__(self, phases: Sequence[Phase], sources: Mapping[str, Shuffled], *, seed: int) -> None:
+        assert phases[0].row == 0, f"the first phase begins at row {phases[0].row}"
+        self.phases, self.sources, self.seed = tuple(phases), sources, seed
+        self._digests = list(dict.fromkeys(digest for phase in phases for digest in phase.shares()))
+        self._shares = [phase.shares() for phase in phases]
+        self._block = lru_cache(maxsize=16)(self._deal)  # a batch touches few, the next batch some of the same
+        self._before = [dict.fromkeys(self._digests, 0)]  # rows of each dataset taken before each phase
+        for number, phase in enumerate(self.phases[1:]):
+            self._before.append(self._added(number, phase.row - self.phases[number].row))
+
+    def read(self, rows: Indices, *, documents: bool) -> Rows:
+        """As `RowSource.read`."""
+        owners, numbers = self.locate(rows)
+        places = [np.flatnonzero(owners == owner) for owner in np.unique(owners).tolist()]
+        parts = [self._rows_of(int(owners[at[0]])).read(numbers[at], documents=documents) for at in places]
+        if len(parts) == 1:
+            return parts[0]
+        return Rows.join(parts)[np.argsort(np.concatenate(places))]
+
+    def describe(self, row: int) -> list[Origin]:
+        """As `RowSource.describe`."""
+        owners, numbers = self.locate(np.array([row]))
+        return self._rows_of(int(owners[0])).describe(int(numbers[0]))
+
+    def locate(self, rows: Indices) -> tuple[Indices, Indices]:
+        """For each of `rows` (B,): the place of its dataset among all digests; its number in it, from 0 for ever."""
+        owners, numbers = np.empty_like(rows), np.empty_like(rows)
+        phase_of = np.searchsorted([phase.row for phase in self.phases], rows, side="right") - 1
+        inside = rows - np.array([phase.row for phase in self.phases])[phase_of]
+        blocks = inside // BLOCK
+        for phase, block in np.unique(np.stack([phase_of, blocks]), axis=1).T.tolist():
+            at = np.flatnonzero((phase_of == phase) & (blocks == block))
+            owner, number = self._block(phase, block)
+            owners[at], numbers[at] = owner[inside[at] % BLOCK], number[inside[at] % BLOCK]
+        return owners, numbers
+
+    def taken(self, row: int) -> dict[str, int]:
+        """How many of the rows before `row` came from each dataset, by digest."""
+        number = max(number for number, phase in enumerate(self.phases) if phase.row <= row)
+        return self._added(number, row - self.phases[number].row)
+
+    def _added(self, phase: int, rows: int) -> dict[str, int]:
+        """Rows of each dataset taken before a phase and in its first `rows` rows."""
+        total, shares = dict(self._before[phase]), self._shares[phase]
+        blocks, rest = divmod(rows, BLOCK)
+        for digest, count in zip(shares, counts(list(shares.values()), blocks * BLOCK), strict=True):
+            total[digest] += count
+        owners, _ = self._block(phase, blocks)
+        for digest, count in zip(self._digests, np.bincount(owners[:rest], minlength=len(total)).tolist(), strict=True):
+            total[digest] += count
+        return total
+
+    def _deal(self, phase: int, block: int) -> tuple[Indices, Indices]:
+        """Dataset and number in it of each row of a block, (BLOCK,) both.
+
+        Numbers follow the order of the rows, so that what was taken of a dataset up to any row is all before it.
+        """
+        shares = self._shares[phase]
+        first, last = (counts(list(shares.values()), n * BLOCK) for n in (block, block + 1))
+        places = [self._digests.index(digest) for digest in shares]
+        sizes = [b - a for a, b in zip(first, last, strict=True)]
+        key = named_seed(self.seed, "mix", self.phases[phase].row, block)
+        owners = np.repeat(places, sizes)[permute(np.arange(BLOCK), n=BLOCK, key=key)]
+        numbers = np.empty_like(owners)
+        for place, digest, start, size in zip(places, shares, first, sizes, strict=True):
+            numbers[owners == place] = self._before[phase][digest] + start + np.arange(size)
+        return owners, numbers
+
+    def _rows_of(self, owner: int) -> Shuffled:
+        digest = self._digests[owner]
+        if digest not in self.sources:
+            known = {source.digest: source for phase in self.phases for source in phase.sources}
+            raise UserError(
+                f"rows of {known[digest].name} are asked for, which is no part of the blend any more; it was "
+                f"{known[digest].settings.path} with digest {digest[:16]}"
+            )
+        return self.sources[digest]

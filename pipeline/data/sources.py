@@ -1,0 +1,153 @@
+"""What a run trains on: its datasets, opened, checked against each other and laid out in rows.
+
+In: the settings. Out: `TrainingData`, or a `UserError` for datasets that do not fit together or hold too little. Two
+datasets fit when one tokenizer made both: then their ids mean the same, and so does the end of a document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from pipeline.config import Config
+from pipeline.config_data import SourceConfig
+from pipeline.data.blend import Blend, Phase, PhaseSource
+from pipeline.data.dataset import Dataset, TokenSplit, open_dataset
+from pipeline.data.loader import Fixed, Loader, Shuffled
+from pipeline.data.rows import Concat, Pack, Plan
+from pipeline.errors import UserError
+from pipeline.seeds import named_seed
+
+
+@dataclass(frozen=True)
+class Source:
+    """One dataset of the run: what it is called, how it was given, its rows for training and for validation."""
+
+    name: str
+    settings: SourceConfig
+    dataset: Dataset
+    plan: Plan
+    validation: Plan | None
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """The val split of one dataset, as it stands: `plan` lays it out, `loader` reads it."""
+
+    name: str
+    plan: Plan
+    loader: Loader
+
+
+class TrainingData:
+    """The datasets of a run, at least one; what is asked of them together is asked here."""
+
+    def __init__(self, sources: Sequence[Source], *, seed: int) -> None:
+        self.sources, self.seed = tuple(sources), seed
+        first = sources[0].dataset
+        self.vocab_size, self.eos_id = first.vocab_size, first.eos_id
+        self.tokenizer_json, self.tokenizer_fingerprint = first.tokenizer_json, first.tokenizer_fingerprint
+        self.where = ", ".join(str(source.dataset.path) for source in sources)
+
+    def described(self) -> tuple[PhaseSource, ...]:
+        """What a checkpoint remembers of the datasets."""
+        return tuple(
+            PhaseSource(name=source.name, digest=source.dataset.data_digest, settings=source.settings)
+            for source in self.sources
+        )
+
+    def blend(self, phases: Sequence[Phase]) -> Blend:
+        """The rows of training under `phases`, of which the last is about these datasets."""
+        rows = {
+            source.dataset.data_digest: Shuffled(
+                source.plan, name=source.name, seed=self.seed, data_digest=source.dataset.data_digest
+            )
+            for source in self.sources
+        }
+        return Blend(phases, rows, seed=self.seed)
+
+    def validation(self, config: Config, *, rank: int, world_size: int) -> list[ValidationSet]:
+        """Rows of each val split as they stand, the last one padded: every token once."""
+        return [
+            ValidationSet(one.name, one.validation, Loader(rows, config, rank=rank, world_size=world_size))
+            for one in self.sources
+            if one.validation is not None
+            for rows in [Fixed(one.validation, name=one.name)]
+        ]
+
+
+def open_sources(config: Config) -> TrainingData:
+    """Open every dataset of the run and lay it out in rows.
+
+    Errors: those of opening, tokenizers that differ, one dataset given twice, a dataset that does not fill one row.
+    """
+    given = config.data.all_sources
+    datasets = [open_source(source) for source in given]
+    names = unique_names([source.path for source in given])
+    _refuse_misfits(datasets, names)
+    sources = []
+    for name, settings, dataset in zip(names, given, datasets, strict=True):
+        plan = make_plan(dataset.split("train"), config, digest=dataset.data_digest)
+        if plan.rows == 0:
+            raise UserError(
+                f"{dataset.path} has {plan.split.n_tokens} training tokens, one row needs "
+                f"{config.model.context_length + 1}: prepare more text or lower model.context_length"
+            )
+        validation = make_plan(dataset.split("val"), config, digest=dataset.data_digest)
+        sources.append(Source(name, settings, dataset, plan, validation if validation.all_rows else None))
+    return TrainingData(sources, seed=config.seed)
+
+
+def open_source(source: SourceConfig) -> Dataset:
+    """A dataset of data_prep.py, or where a tokenizer is named, of another tool."""
+    if source.tokenizer is None:
+        return open_dataset(source.path)
+    from pipeline.data.foreign import open_foreign  # tokenizers are slow to import and seldom needed to train
+
+    return open_foreign(
+        source.path,
+        tokenizer=source.tokenizer,
+        dtype=source.dtype,
+        eos=source.eos,
+        val=source.val,
+        val_fraction=source.val_fraction,
+    )
+
+
+def make_plan(split: TokenSplit, config: Config, *, digest: str) -> Plan:
+    """How the documents of a split of dataset `digest` become rows."""
+    context_length = config.model.context_length
+    if config.data.plan == "concat":
+        return Concat(split, context_length=context_length)
+    return Pack(split, context_length=context_length, key=named_seed(config.seed, "pack", digest))
+
+
+def unique_names(paths: Sequence[str]) -> list[str]:
+    """The last part of each path, or as many of its last parts as it takes to tell them apart."""
+    parts = [PurePath(path).parts for path in paths]
+    for length in range(1, max(map(len, parts), default=1)):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return list(paths)
+
+
+def _refuse_misfits(datasets: Sequence[Dataset], names: Sequence[str]) -> None:
+    """Errors: tokens that mean different things; the same data twice."""
+    meanings = [(one.tokenizer_fingerprint, one.vocab_size, one.eos_id) for one in datasets]
+    if len(set(meanings)) > 1:
+        lines = [
+            f"  {name}: tokenizer {fingerprint[:16]}, {vocab_size} tokens, end of document {eos_id} ({dataset.path})"
+            for name, dataset, (fingerprint, vocab_size, eos_id) in zip(names, datasets, meanings, strict=True)
+        ]
+        raise UserError(
+            "datasets of one run need one tokenizer and one end of document, got\n"
+            + "\n".join(lines)
+            + "\n  prepare them again with the tokenizer.json of one of them"
+        )
+    seen: dict[str, Dataset] = {}
+    for dataset in datasets:
+        twin = seen.setdefault(dataset.data_digest, dataset)
+        if twin is not dataset:
+            raise UserError(f"{twin.path} and {dataset.path} hold the same data: give it once, with the sum of weights")
