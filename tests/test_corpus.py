@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -257,3 +259,108 @@ def test_saved_datasets_and_fake_hubs_are_read(tmp_path: Path, monkeypatch: pyte
         check_text_key(find_corpus([f"hf:{tmp_path / 'hub'}"]).sources, "body")
     with pytest.raises(UserError, match=r"(?s)cannot load hf:.*wanted hf:NAME"):
         find_corpus([f"hf:{tmp_path / 'missing'}"])
+
+
+def test_held_out_sources_are_marked_and_may_not_be_inputs_too(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    folder, b = str(tmp_path), str(tmp_path / "b.txt")
+    corpus = find_corpus([folder], exclude=["b.txt"], held_out=[b])
+    assert [(Path(source.name).name, source.held_out) for source in corpus.sources] == [
+        ("a.txt", False),
+        ("b.txt", True),
+        ("c.txt", False),
+    ]
+    with pytest.raises(UserError, match=r"b\.txt is named as input and by --val-input; .*--exclude"):
+        find_corpus([folder], held_out=[b])
+
+
+def test_links_are_called_by_their_own_names_and_counted_once(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "0f3a").write_bytes(json_lines(TEXTS))
+    (tmp_path / "data").mkdir()
+    for name in ("b.jsonl", "a.jsonl"):
+        (tmp_path / "data" / name).symlink_to(tmp_path / "blobs" / "0f3a")
+    corpus = find_corpus([str(tmp_path / "data")])
+    assert [source.name for source in corpus.sources] == [str(tmp_path.resolve() / "data" / "a.jsonl")]
+    assert texts_of(read(tmp_path / "data")) == TEXTS
+
+
+@pytest.mark.parametrize("name", ["c4.json.gz", "lines.json.zst", "lines.json"])
+def test_lines_in_json_files_are_found_packed_or_not(tmp_path: Path, name: str) -> None:
+    pack = {"gz": gzip.compress, "zst": zstandard.compress}.get(name.rpartition(".")[2], bytes)
+    (tmp_path / name).write_bytes(pack(b"\n" + json_lines(TEXTS)))
+    assert find_corpus([str(tmp_path)]).sources[0].kind == "jsonl"
+    assert texts_of(read(tmp_path)) == TEXTS
+
+
+def test_a_damaged_file_does_not_hide_a_missing_key(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json_lines(TEXTS))[:30])
+    (tmp_path / "b.jsonl").write_bytes(json_lines(TEXTS))
+    with pytest.raises(UserError, match=r"b.jsonl has no key 'body'"):
+        check_text_key(find_corpus([str(tmp_path)]).sources, "body")
+
+
+class FakeHub:
+    """Stands for `datasets` and the hub's cache: files below `folder` at commit 0f3a."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, **config: object) -> None:
+        import datasets
+        import huggingface_hub
+
+        self.folder, self.asked = folder, [""]
+        self.config = SimpleNamespace(data_files={"train": []}, **config)
+        monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: SimpleNamespace(sha="0f3a"))
+        monkeypatch.setattr(datasets, "load_dataset_builder", self.load)
+        monkeypatch.setattr(datasets, "DownloadManager", lambda: SimpleNamespace(download=self.download))
+
+    def load(self, path: str, *, name: str | None, revision: str | None) -> object:
+        self.asked.append(f"{path}:{name}@{revision}")
+        names = sorted(file.name for file in self.folder.iterdir())
+        self.config.data_files["train"] = [f"hf://datasets/{path}@{revision}/data/{name}" for name in names]
+        return SimpleNamespace(config=self.config)
+
+    def download(self, addresses: list[str]) -> list[str]:
+        return [str(self.folder / address.rpartition("/")[2]) for address in addresses]
+
+
+def test_hub_data_are_files_at_a_pinned_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    WRITERS["a.parquet"](tmp_path / "a.parquet")
+    WRITERS["a.jsonl.gz"](tmp_path / "b.jsonl.gz")
+    hub = FakeHub(tmp_path, monkeypatch)
+    corpus = find_corpus(["hf:org/data:en@main"])
+    assert hub.asked[-1] == "org/data:en@0f3a"
+    assert [(source.name, source.path, source.kind) for source in corpus.sources] == [
+        ("hf://datasets/org/data@0f3a/data/a.parquet", str(tmp_path / "a.parquet"), "parquet"),
+        ("hf://datasets/org/data@0f3a/data/b.jsonl.gz", str(tmp_path / "b.jsonl.gz"), "jsonl"),
+    ]
+    assert texts_of(read("hf:org/data:en@main", rules=TextRules(unit_bytes=300))) == TEXTS * 2
+    os.utime(tmp_path / "a.parquet", (1, 1))  # downloaded another day
+    assert find_corpus(["hf:org/data:en@main"]) == corpus
+
+
+def test_hub_data_that_our_readers_would_misread_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.tar").write_text("")
+    FakeHub(tmp_path, monkeypatch)
+    with pytest.raises(UserError, match=r"hf:org/data holds data files of other kinds \(\.tar\); wanted \.txt"):
+        find_corpus(["hf:org/data"])
+    FakeHub(tmp_path, monkeypatch, sep="\t")
+    with pytest.raises(UserError, match=r"hf:org/data wants to be read with separator '\\t'"):
+        find_corpus(["hf:org/data"])
+
+
+def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import huggingface_hub
+
+    def unreachable(*_: object, **__: object) -> object:
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
+    monkeypatch.setattr(
+        datasets, "load_dataset_builder", lambda *_, **__: pytest.fail("it would try for half a minute")
+    )
+    with pytest.raises(
+        UserError, match=r"cannot load hf:org/data .*Name or service not known\n  wanted hf:NAME.*network"
+    ):
+        find_corpus(["hf:org/data"])

@@ -1,0 +1,209 @@
+"""Cutting: a pure function of sources and rules, found by seeking; parts of streams equal the cuts of plain files."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tempfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.data.bytestream import CutFinder
+from pipeline.data.corpus import find_corpus, read_unit
+from pipeline.data.formats import TEXT_CHUNK_BYTES, Piece, Source, TextRules
+from pipeline.data.plan import Unit, cut_stream, plan_units
+from pipeline.errors import UserError
+from tests.reading import read, read_sources, texts_of
+
+GIB = 2**30
+
+
+def plan(*paths: Path, rules: TextRules) -> tuple[Unit, ...]:
+    return plan_units(find_corpus([str(path) for path in paths]).sources, rules)
+
+
+def line_of(text: str) -> bytes:
+    return json.dumps({"text": text}).encode() + b"\n"
+
+
+def test_planning_seeks(tmp_path: Path) -> None:
+    path, newlines = tmp_path / "a.jsonl", [2**26 * k + 100 * k for k in range(1, 250)]
+    with path.open("wb") as file:  # a sparse file: reading 16 GiB would take a while
+        for newline in newlines:
+            file.seek(newline)
+            file.write(b"\n")
+        file.truncate(16 * GIB)
+    source = Source(str(path), "jsonl", "", 16 * GIB, "")
+    cuts = [(piece.start, piece.stop) for unit in plan_units([source], TextRules()) for piece in unit.pieces]
+    stops = [newline + 1 for newline in newlines]
+    assert cuts == list(zip([0, *stops], [*stops, 16 * GIB], strict=True))
+
+
+@pytest.mark.parametrize("separator", [None, "|"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_ranges_tile_a_file_and_end_where_records_do(tmp_path: Path, name: str, separator: str | None) -> None:
+    end = b"|" if separator and name == "a.txt" else b"\n"
+    content = b"\xef\xbb\xbf" + b"".join(b"x" * (i % 300) + end for i in range(400))
+    (tmp_path / name).write_bytes(content)
+    units = plan(tmp_path, rules=TextRules(unit_bytes=1000, separator=separator))
+    pieces = [piece for unit in units for piece in unit.pieces]
+    assert [piece.start for piece in pieces] == [0, *(piece.stop for piece in pieces[:-1])]
+    assert pieces[-1].stop == len(content)
+    assert all(content[piece.stop - 1 : piece.stop] == end for piece in pieces)
+    assert all(1000 < piece.stop - piece.start <= 1300 for piece in pieces[:-1])
+    assert not any(piece.whole for piece in pieces)
+    assert units == plan(tmp_path, rules=TextRules(unit_bytes=1000, separator=separator))
+
+
+def test_text_without_newlines_is_cut_between_characters(tmp_path: Path) -> None:
+    content = "日本é😀" * 1000
+    (tmp_path / "a.txt").write_text(content, encoding="utf-8")
+    pieces = [piece for unit in plan(tmp_path, rules=TextRules(unit_bytes=999)) for piece in unit.pieces]
+    assert all(1998 <= piece.stop - piece.start <= 2001 for piece in pieces[:-1])
+    assert "".join(texts_of(read(tmp_path, rules=TextRules(unit_bytes=999)))) == content
+
+
+def test_every_part_of_a_long_text_is_chunked_and_a_short_one_is_whole(tmp_path: Path) -> None:
+    content = ("x" * 99 + "\n") * 75_000
+    (tmp_path / "a.txt").write_text(content)
+    sizes = [len(text) for text in texts_of(read(tmp_path, rules=TextRules(unit_bytes=4 * 2**20)))]
+    assert sum(sizes) == len(content)
+    assert len(sizes) >= 6
+    assert max(sizes) <= TEXT_CHUNK_BYTES + 100
+    assert texts_of(read(tmp_path, rules=TextRules(unit_bytes=8 * 2**20))) == [content]
+
+
+def test_chunks_of_a_long_text_fit_the_longest_document(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x é " * 5000)
+    rules = TextRules(unit_bytes=10_000, max_document_bytes=1000)
+    texts = texts_of(read(tmp_path, rules=rules))
+    assert "".join(texts) == "x é " * 5000
+    assert max(len(text.encode()) for text in texts) <= 1000
+
+
+@given(st.text("a\n", max_size=30), st.integers(1, 12), st.integers(1, 4), st.integers(1, 4))
+@settings(deadline=None)
+def test_a_cut_ends_a_separator_that_counting_from_the_left_finds(text: str, size: int, block: int, many: int) -> None:
+    separator, content = "\n" * many, text.encode()
+    finder, ends, position = CutFinder(0, size=size, delimiter=separator.encode(), flexible=False), set(), 0
+    for part in text.split(separator)[:-1]:
+        position += len(part) + many
+        ends.add(position)
+    cut = None
+    while cut is None and finder.position < len(content):
+        cut = finder.find(content[finder.position : finder.position + block])
+    assert cut is None or (cut in ends and cut >= size + many)
+    if many == 1:
+        assert cut == min((end for end in ends if end > size), default=None)
+
+
+@given(st.text("ab é\n|", max_size=80), st.integers(1, 30), st.sampled_from([None, "|", "\n\n"]))
+@settings(deadline=None, max_examples=150)
+def test_parts_of_a_stream_are_the_ranges_of_the_plain_file(text: str, unit_bytes: int, separator: str | None) -> None:
+    rules = TextRules(unit_bytes=unit_bytes, separator=separator)
+    content = text.encode()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.txt.gz")
+        path.write_bytes(gzip.compress(content))
+        Path(folder, "plain.txt").write_bytes(content)
+        plain = [piece for unit in plan(Path(folder, "plain.txt"), rules=rules) for piece in unit.pieces]
+        (stream,) = plan(path, rules=rules)
+        assert stream.stream
+        parts = list(cut_stream(stream, rules, into=lambda part: Path(folder, f"part{part}")))
+        written = [Path(folder, f"part{part}").read_bytes() for part in range(len(parts))]
+    assert written == [content[piece.start : piece.stop] for piece in plain]
+    assert [piece.whole for part in parts for piece in part.pieces] == [piece.whole for piece in plain]
+    assert [piece.offset for part in parts for piece in part.pieces] == [piece.start for piece in plain]
+
+
+def test_large_compressed_files_are_streams_and_small_ones_are_grouped(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.jsonl.gz", "c.txt", "e.csv.gz", "f.txt"):
+        packed = gzip.compress(b"") if name.endswith(".gz") else b"x" * 20
+        (tmp_path / name).write_bytes(packed)
+    (tmp_path / "d.jsonl.zst").write_bytes(zstandard.compress(b"".join(line_of(str(i)) for i in range(1000))))
+    (tmp_path / "e.json.gz").write_bytes(gzip.compress(bytes(2000)))
+    units = plan(tmp_path, rules=TextRules(unit_bytes=500))
+    names = [[Path(piece.source.name).name for piece in unit.pieces] for unit in units]
+    assert names == [["a.txt", "b.jsonl.gz", "c.txt"], ["d.jsonl.zst"], ["e.csv.gz", "e.json.gz", "f.txt"]]
+    assert [unit.stream for unit in units] == [False, True, False]
+    assert [unit.name for unit in units] == ["00000", "00001", "00002"]
+
+
+def test_a_byte_order_mark_is_dropped_at_the_very_start_only(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + b"abcdefgh|\xef\xbb\xbfdef" * 9))
+    sources = find_corpus([str(tmp_path)]).sources
+    texts = texts_of(read_sources(sources, TextRules(unit_bytes=5, separator="|")))
+    assert "".join(texts) == "abcdefgh" + "\ufeffdefabcdefgh" * 8 + "\ufeffdef"
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_a_damaged_stream_gives_its_parts_and_then_the_offset(tmp_path: Path, suffix: str) -> None:
+    content = b"".join(line_of(f"document {i} " + "x" * (i % 900)) for i in range(40_000))
+    packed = gzip.compress(content, 1) if suffix == "gz" else zstandard.compress(content)
+    (tmp_path / f"a.jsonl.{suffix}").write_bytes(packed[: len(packed) * 3 // 4])
+    rules = TextRules(unit_bytes=10**6)
+    source = find_corpus([str(tmp_path)]).sources[0]
+    unit = Unit(0, (Piece(source, 0, 0, source.size, source.size * 4),), stream=True)
+    parts = cut_stream(unit, rules, into=lambda part: tmp_path / f"part{part}")
+    found: list[Unit] = []
+    with pytest.raises(UserError, match=rf"cannot read .*a.jsonl.{suffix} past byte [0-9]+ of its text: .*damaged"):
+        found.extend(parts)
+    written = b"".join((tmp_path / f"part{part}").read_bytes() for part in range(len(list(tmp_path.glob("part*")))))
+    assert len(written) > 5 * 10**6
+    assert content.startswith(written)
+    assert written.endswith(b"\n")
+
+
+def test_parts_that_cannot_be_written_are_not_the_fault_of_the_source(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(line_of("x") * 1000))
+    (unit,) = plan(tmp_path, rules=TextRules(unit_bytes=100))
+    parts = cut_stream(
+        unit, TextRules(unit_bytes=100), into=lambda part: tmp_path / ("ok" if part == 0 else "no/folder")
+    )
+    assert next(parts).name == "00000-0000"
+    with pytest.raises(FileNotFoundError):
+        next(parts)
+
+
+def test_row_groups_are_joined_up_to_a_unit(tmp_path: Path) -> None:
+    texts = [f"{i:04}" + "x" * 96 for i in range(100)]
+    pq.write_table(
+        pa.table({"id": range(100), "text": texts}),
+        tmp_path / "a.parquet",
+        row_group_size=10,
+        use_dictionary=False,
+        write_statistics=False,
+    )
+    units = plan(tmp_path, rules=TextRules(unit_bytes=3500))
+    assert [(piece.start, piece.stop) for unit in units for piece in unit.pieces] == [(0, 3), (3, 6), (6, 9), (9, 10)]
+    assert texts_of(read(tmp_path, rules=TextRules(unit_bytes=3500))) == texts
+
+
+def test_a_parquet_file_without_the_text_column_stops_the_plan_and_a_damaged_one_does_not(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["good"]}), tmp_path / "a.parquet")
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
+    sources = find_corpus([str(tmp_path)]).sources
+    (unit,) = plan_units(sources, TextRules())
+    records = read_unit(unit, TextRules())
+    assert next(records)[0] == b"good"
+    with pytest.raises(UserError, match=r"cannot read .*b.parquet"):
+        next(records)
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes())  # mended since: still no silence
+    with pytest.raises(UserError, match=r"b.parquet is another file than when the work was planned"):
+        list(read_unit(unit, TextRules()))
+    pq.write_table(pa.table({"body": ["good"]}), tmp_path / "c.parquet")
+    with pytest.raises(UserError, match=r"c.parquet has no key 'text'; found 'body'"):
+        plan(tmp_path, rules=TextRules())
+
+
+def test_sizes_that_hold_nothing_are_refused() -> None:
+    with pytest.raises(UserError, match="documents of at least 4"):
+        TextRules(max_document_bytes=3)
+    with pytest.raises(UserError, match="units of at least 1"):
+        TextRules(unit_bytes=0)
