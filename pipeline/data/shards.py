@@ -195,7 +195,16 @@ class Shard:
         name = self.info.bitmap(kind)
         if name is None:
             return None
-        packed = np.load(self.folder / name, allow_pickle=False)
+        path, size = self.folder / name, -(-self.n_documents // 8)
+        try:
+            packed = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise UserError(f"{path} is damaged: {error}; copy the dataset or run data_prep.py again") from None
+        if packed.dtype != np.uint8 or packed.shape != (size,):
+            raise UserError(
+                f"{path}: expected {size} bytes of bits for {self.n_documents} documents, found {packed.dtype} "
+                f"{packed.shape}; copy the dataset or run data_prep.py again"
+            )
         return np.unpackbits(packed, count=self.n_documents).view(np.bool_)
 
     def starts(self, first: int, stop: int) -> Integers:
