@@ -1,7 +1,7 @@
 """What a user can get wrong, told in one message.
 
-In: any exception. Out: exit code 0 (done), 1 (done in part, `Unfinished`), 2 (the user's to mend, one message, no traceback), 130 (Ctrl-C) or
-a traceback (ours to mend). `StoppedEarly` is none of these: the run was asked to stop and can be continued.
+In: any exception. Out: exit code 0 (done), 1 (done in part: `Unfinished`, one message, or ours to mend: a traceback),
+2 (the user's to mend, one message), 75 (asked to stop, can be continued: `StoppedEarly`), 130 (Ctrl-C).
 """
 
 from __future__ import annotations

@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import xxhash
+import zstandard
 from rich.console import Console
 from tokenizers import Tokenizer
 
 from pipeline.data.audit import verify
 from pipeline.data.dataset import open_dataset
+from pipeline.data.encoder import Encoder, EncoderMismatch
 from pipeline.data.formats import TextRules
 from pipeline.data.manifest import Manifest, SplitName
-from pipeline.data.prepare import prepare, training_sample
+from pipeline.data.prepare import prepare, rehearse
 from pipeline.data.request import Request
-from pipeline.errors import StoppedEarly, UserError
+from pipeline.data.survey import training_sample
+from pipeline.errors import StoppedEarly, Unfinished, UserError
 from pipeline.locks import locked
 from pipeline.seeds import named_seed
 
@@ -63,6 +71,7 @@ def request(corpus: Path, name: str = "out", /, **changes: Any) -> Request:
 def run(wanted: Request) -> tuple[Manifest, str]:
     stream = io.StringIO()
     manifest = prepare(wanted, console=Console(file=stream, soft_wrap=True))
+    assert manifest is not None, "only a share of the work has no manifest"
     return manifest, stream.getvalue()
 
 
@@ -395,8 +404,216 @@ def test_senseless_numbers_are_refused(corpus: Path, change: dict[str, Any], mes
 
 
 def test_the_training_sample_is_bounded_and_ignores_order() -> None:
-    sample = training_sample(TEXTS, 2000)
-    assert sample == training_sample(TEXTS[::-1], 2000)
-    assert 1800 < sum(len(text.encode()) for text in sample) <= 2000
-    assert set(sample) < set(TEXTS)
-    assert sorted(training_sample(TEXTS, 10**9)) == sorted(TEXTS)
+    contents = [text.encode() for text in TEXTS]
+    sample = training_sample(contents, 2000)
+    assert sample == training_sample(contents[::-1], 2000)
+    assert 1800 < sum(map(len, sample)) <= 2000
+    assert set(sample) < set(contents)
+    assert sorted(training_sample(contents, 10**9)) == sorted(contents)
+
+
+def test_every_record_is_accounted_for(corpus: Path) -> None:
+    """Every kind of bad record once: documents in = written + each reason, and exactly the bad ones are set aside."""
+    bad = {
+        b'{"text": ': "malformed JSON",
+        b"[1, 2]": "not a JSON object",
+        b'{"body": "x"}': "no key 'text'",
+        b'{"text": null}': "text is null",
+        b'{"text": 7}': "text is not a string",
+        b'{"text": ""}': "text is empty",
+        b'{"text": "\\ud800"}': "lone surrogate",
+        b'{"text": "\xff"}': "invalid UTF-8",
+        b'{"text": "' + b"long " * 300 + b'"}': "text over 1024 bytes",
+    }
+    good = [b'{"text": "kept \\u0000 NUL"}', b'{"text": "a<|endoftext|>b"}\r', b""]
+    lines = [
+        line
+        for pair in zip(bad, [json.dumps({"text": text}).encode() for text in TEXTS], strict=False)
+        for line in pair
+    ]
+    (corpus / "b.jsonl").write_bytes(b"\n".join([*lines, *good]))
+    rules = replace(SMALL_UNITS, unit_bytes=500, max_document_bytes=1024)
+    manifest, _ = run(request(corpus, max_bad=0.5, rules=rules))
+    assert manifest.drops == dict(sorted(Counter(bad.values()).items()))
+    written = manifest.total("train", "documents") + manifest.total("val", "documents")
+    assert manifest.records == written + len(bad) == 120 + len(bad) * 2 + 2
+    found = [json.loads(line) for line in (corpus.parent / "out" / "quarantine.jsonl").read_text().splitlines()]
+    assert {record["row"]: record["reason"] for record in found} == {
+        2 * n: reason for n, reason in enumerate(bad.values())
+    }
+    assert manifest.noticed["documents with NUL"] == 1
+    assert manifest.noticed["documents with the text of a special token"] == 121 + len(bad)
+    assert "kept \0 NUL" in documents(corpus.parent / "out", "train") + documents(corpus.parent / "out", "val")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
+def test_a_compressed_stream_is_cut_into_units_and_goes_on_after_a_kill(corpus: Path, suffix: str) -> None:
+    texts = [f"{i} {text}" for i in range(20) for text in TEXTS]
+    content_ = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    compress = gzip.compress if suffix.endswith("gz") else zstandard.compress
+    for name in INPUTS:
+        (corpus / name).unlink()
+    (corpus / f"a{suffix}").write_bytes(compress(content_))
+    rules = TextRules(unit_bytes=30_000)
+    manifest, _ = run(request(corpus, tokenizer="bytes", rules=rules, workers=2))
+    assert len(manifest.splits["train"]) > 10
+    split = open_dataset(corpus.parent / "out").split("train")
+    train = documents(corpus.parent / "out", "train")
+    for number in range(0, split.n_documents, 97):
+        assert texts[split.describe(number).row] == train[number]
+    whole = content(corpus.parent / "out")
+    (corpus.parent / "out" / "manifest.json").unlink()
+    ledger = corpus.parent / "out" / "ledger.jsonl"
+    ledger.write_bytes(
+        b"".join(line for n, line in enumerate(ledger.read_bytes().splitlines(keepends=True)) if n % 3 or not n)
+    )
+    run(request(corpus, tokenizer="bytes", rules=rules))
+    assert content(corpus.parent / "out") == whole
+
+
+def test_shares_of_an_array_job_complete_to_the_same_dataset(corpus: Path) -> None:
+    run(request(corpus))
+    output = corpus.parent / "shared"
+    for number in (2, 0, 1):
+        assert prepare(request(corpus, "shared", share=(number, 3)), console=Console(file=io.StringIO())) is None
+        assert not (output / "manifest.json").exists()
+    _, said = run(request(corpus, "shared"))
+    units = len((output / "ledger.jsonl").read_bytes().splitlines()) - 1
+    assert f"going on: {units} of {units} units are done" in said
+    assert content(output) == content(corpus.parent / "out")
+
+
+def test_a_share_that_still_works_is_waited_for(corpus: Path) -> None:
+    prepare(request(corpus, share=(0, 2)), console=Console(file=io.StringIO()))
+    output = corpus.parent / "out"
+    with (
+        locked(output, ask_of_other_hosts=False, name=".lock-1-of-2"),
+        pytest.raises(UserError, match="is being written by process"),
+    ):
+        run(request(corpus))
+    with locked(output, ask_of_other_hosts=True), pytest.raises(UserError, match="is being written by process"):
+        prepare(request(corpus, share=(1, 2)), console=Console(file=io.StringIO()))
+
+
+def test_a_dask_cluster_of_two_processes_makes_the_same_bytes(corpus: Path) -> None:
+    from distributed import LocalCluster
+
+    run(request(corpus))
+    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+        address = cluster.scheduler_address.replace("tcp://", "dask://")
+        run(request(corpus, "dask", executor=address))
+    assert content(corpus.parent / "dask") == content(corpus.parent / "out")
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("spark://x", "--executor wants dask://HOST:PORT, got 'spark://x'"),
+        ("dask://127.0.0.1:9", "no Dask scheduler answers"),
+    ],
+)
+def test_an_executor_that_is_none_is_refused(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch, address: str, message: str
+) -> None:
+    monkeypatch.setattr("pipeline.data.executors.DASK_TIMEOUT", "1s")
+    with pytest.raises(UserError, match=message):
+        run(request(corpus, executor=address))
+
+
+def damage(corpus: Path) -> None:
+    """Two inputs that end too early, beside two that are whole."""
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+    (corpus / "c.jsonl.gz").write_bytes(gzip.compress(lines)[:-400])
+    pq.write_table(pa.table({"text": TEXTS}), corpus / "d.parquet")
+    whole = (corpus / "d.parquet").read_bytes()
+    (corpus / "d.parquet").write_bytes(whole[: len(whole) // 2])
+
+
+def test_damaged_inputs_fail_alone_and_can_be_done_without(corpus: Path) -> None:
+    damage(corpus)
+    with pytest.raises(Unfinished, match=r"(?s)2 of \d+ units failed.*c\.jsonl\.gz.*d\.parquet.*--allow-failed"):
+        run(request(corpus))
+    assert not (corpus.parent / "out" / "manifest.json").exists()
+    manifest, said = run(request(corpus, allow_failed=True))
+    assert "going on:" in said
+    assert len(manifest.failed) == 2
+    assert "c.jsonl.gz" in manifest.failed[0].reason
+    there = documents(corpus.parent / "out", "train") + documents(corpus.parent / "out", "val")
+    assert set(TEXTS) <= set(there)
+
+
+def test_strict_stops_at_the_first_bad_record(corpus: Path) -> None:
+    with (corpus / "b.jsonl").open("a") as file:
+        file.write("broken\n")
+    with pytest.raises(UserError, match=r"--strict: .*b\.jsonl, row .*: malformed JSON: broken"):
+        run(request(corpus, strict=True))
+    run(request(corpus))
+
+
+def test_a_hopeless_corpus_is_given_up_early(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (corpus / "b.jsonl").write_text("broken\n" * 2000)
+    write_lines(corpus / "c.jsonl", TEXTS)
+    monkeypatch.setattr("pipeline.data.prepare.EARLY_VERDICT_RECORDS", 500)
+    with pytest.raises(UserError, match=r"records so far are bad"):
+        run(request(corpus))
+    assert not list((corpus.parent / "out").glob("train-00008*"))
+
+
+def test_inputs_given_for_validation_are_the_validation_split(corpus: Path) -> None:
+    manifest, _ = run(
+        request(corpus, inputs=(str(corpus / "a.jsonl"),), val_inputs=(str(corpus / "b.jsonl"),), val_fraction=None)
+    )
+    assert documents(corpus.parent / "out", "train") == TEXTS[:120]
+    assert documents(corpus.parent / "out", "val") == TEXTS[120:]
+    assert manifest.split_rule == "the inputs of --val-input are val, the others train"
+
+
+def test_a_dry_run_estimates_and_writes_nothing(corpus: Path) -> None:
+    stream = io.StringIO()
+    rehearse(request(corpus, tokenizer="bytes"), console=Console(file=stream, soft_wrap=True))
+    assert not (corpus.parent / "out").exists()
+    manifest, _ = run(request(corpus, tokenizer="bytes"))
+    said = stream.getvalue()
+    assert "2 inputs, " in said
+    expected = int(said.split("tokens: about ")[1].split(";")[0].replace(",", ""))
+    found = manifest.total("train", "tokens") + manifest.total("val", "tokens")
+    assert abs(expected / found - 1) < 0.3, "the plan counts the JSON around the text too"
+    rehearse(request(corpus), console=Console(file=stream, soft_wrap=True))
+    assert "known once train:300 is made" in stream.getvalue()
+
+
+def test_a_disk_that_will_not_do_is_refused_before_the_work(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(corpus)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
+    with pytest.raises(UserError, match=r"has 0.0 GB free, the dataset needs about 0.0 GB more; make room"):
+        run(request(corpus))
+    assert not list((corpus.parent / "out").glob("train-*"))
+
+
+class Deviating(Encoder):
+    """As if gigatoken and `tokenizers` disagreed about one document."""
+
+    def encode(self, contents: Sequence[bytes]) -> tuple[Any, Any]:
+        if self.backend == "gigatoken" and any(b"Document 77:" in content for content in contents):
+            raise EncoderMismatch("gigatoken and tokenizers differ")
+        return super().encode(contents)
+
+
+def test_a_unit_that_fails_the_audit_is_encoded_by_the_reference(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(request(corpus, backend="tokenizers"))
+    monkeypatch.setattr("pipeline.data.unit.Encoder", Deviating)
+    manifest, said = run(request(corpus, "redone", backend="gigatoken"))
+    assert said.count("differ; encoded with `tokenizers` instead") == 1
+    assert manifest.data_digest == open_dataset(corpus.parent / "out").data_digest
+
+
+def test_rows_are_those_of_the_file_however_it_is_cut(corpus: Path) -> None:
+    for unit_bytes in (300, 5000, 10**6):
+        rules = TextRules(unit_bytes=unit_bytes)
+        name = f"out-{unit_bytes}"
+        run(request(corpus, name, tokenizer="bytes", rules=rules))
+        split = open_dataset(corpus.parent / name).split("train")
+        train = documents(corpus.parent / name, "train")
+        for number in range(split.n_documents):
+            info = split.describe(number)
+            assert json.loads(Path(info.source).read_text().splitlines()[info.row])["text"] == train[number]

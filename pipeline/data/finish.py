@@ -6,6 +6,7 @@ In: one report per unit, in order. Out: a `Manifest`, or a `UserError` when the 
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,41 +17,67 @@ import orjson
 from pipeline.data.corpus import Corpus
 from pipeline.data.formats import Rejected
 from pipeline.data.ledger import LEDGER_NAME
-from pipeline.data.manifest import FORMAT_VERSION, SPLITS, TOKENIZER_NAME, Manifest, ShardInfo, SplitName, data_digest
+from pipeline.data.manifest import (
+    FORMAT_VERSION,
+    SPLITS,
+    TOKENIZER_NAME,
+    FailedUnit,
+    Manifest,
+    ShardInfo,
+    SplitName,
+    data_digest,
+)
 from pipeline.data.request import input_infos
 from pipeline.data.shards import token_dtype
-from pipeline.data.unit import UnitReport, UnitSettings
+from pipeline.data.unit import EXAMPLES, UnitReport, UnitSettings
 from pipeline.errors import UserError
-from pipeline.files import write_durably
 
 QUARANTINE_NAME = "quarantine.jsonl"
 
 
-def refuse_bad(reports: Sequence[UnitReport], corpus: Corpus, *, max_bad: float) -> None:
-    """Raise `UserError` with three examples when more than `max_bad` of all records were rejected."""
-    rejected = [record for report in reports for record in report.rejected]
-    records = len(rejected) + sum(report.documents for report in reports)
-    if len(rejected) > max_bad * records:
-        share = f"{len(rejected) / records:.2%}"
-        raise UserError(
-            f"{len(rejected)} of {records} records are bad ({share}), --max-bad allows {max_bad:.2%}"
-            f"{_examples(rejected, corpus)}\n"
-            "  mend the input, or allow more with --max-bad F; finished units are kept"
-        )
+def too_many_bad(reports: Sequence[UnitReport], corpus: Corpus, *, max_bad: float, done: float) -> UserError | None:
+    """The error, with three examples, when more than `max_bad` of all records were rejected.
+
+    `reports` are those of the beginning of the corpus, in order, the share `done` (0 to 1) of it: then so many are
+    bad that the rest can hardly make up for it.
+    """
+    dropped = sum(report.dropped for report in reports)
+    records = dropped + sum(report.documents for report in reports)
+    if not records or dropped <= max_bad * records / done:
+        return None
+    so_far = "" if done == 1 else " so far"
+    return UserError(
+        f"{dropped} of {records} records{so_far} are bad ({dropped / records:.2%}), --max-bad allows {max_bad:.2%}"
+        f"{_examples(reports, corpus)}\n"
+        "  mend the input, or allow more with --max-bad F; finished units are kept"
+    )
 
 
 def no_documents(rejected: Sequence[Rejected], corpus: Corpus) -> UserError:
     """The error for inputs without a single document."""
-    found = f"all {len(rejected)} records are bad{_examples(rejected, corpus)}" if rejected else "all of them are empty"
-    return UserError(f"no document in {len(corpus.sources)} inputs: {found}")
+    if not rejected:
+        return UserError(f"no document in {len(corpus.sources)} inputs: all of them are empty")
+    table = _table(Counter(record.reason for record in rejected)) + _lines(rejected, corpus)
+    return UserError(f"no document in {len(corpus.sources)} inputs: all {len(rejected)} records are bad{table}")
 
 
-def _examples(rejected: Sequence[Rejected], corpus: Corpus) -> str:
-    counts = Counter(record.reason for record in rejected)
-    table = "".join(f"\n  {count} x {reason}" for reason, count in sorted(counts.items()))
-    return table + "".join(
+def _examples(reports: Sequence[UnitReport], corpus: Corpus) -> str:
+    counts = sum((Counter(report.drops) for report in reports), Counter[str]())
+    for report, earlier in zip(reports, earlier_rows(reports), strict=True):
+        if report.examples:
+            shown = [record._replace(row=record.row + earlier[record.source]) for record in report.examples]
+            return _table(counts) + _lines(shown, corpus)
+    return _table(counts)
+
+
+def _table(counts: Counter[str]) -> str:
+    return "".join(f"\n  {count} x {reason}" for reason, count in sorted(counts.items()))
+
+
+def _lines(rejected: Sequence[Rejected], corpus: Corpus) -> str:
+    return "".join(
         f"\n  {corpus.sources[record.source].name}, row {record.row}: {record.reason}: {record.excerpt[:80]}"
-        for record in rejected[:3]
+        for record in rejected[:EXAMPLES]
     )
 
 
@@ -68,37 +95,59 @@ def refuse_empty_split(reports: Sequence[UnitReport], settings: UnitSettings) ->
         lowest = min(report.lowest_draw for report in reports)
         scale = 10.0 ** (2 - math.floor(math.log10((lowest + 1) / 2**64)))
         remedy = f"--val-fraction {math.ceil(lowest / 2**64 * scale + 1) / scale:g} would hold out at least one"
+    elif rule.mode == "given":
+        raise UserError(
+            f"{empty[0]} is empty: no document in the {'inputs of --val-input' if empty == ['val'] else 'other inputs'}"
+        )
     else:
         remedy = "choose another --val-fraction (0 for no validation split), or give more text"
     raise UserError(f"--val-fraction {rule.fraction:g} leaves {empty[0]} empty with {documents} documents; {remedy}")
 
 
+def earlier_rows(reports: Sequence[UnitReport]) -> list[dict[int, int]]:
+    """For each report, in order, the rows of each of its sources that units before it hold."""
+    counted: Counter[int] = Counter()
+    earlier = []
+    for report in reports:
+        earlier.append({source: counted[source] for source in report.rows})
+        counted.update(report.rows)
+    return earlier
+
+
 def write_quarantine(output: Path, reports: Sequence[UnitReport], corpus: Corpus) -> None:
     """Write every rejected record as a line of `quarantine.jsonl`: source, row, reason, excerpt."""
-    lines = [
-        orjson.dumps(
-            {
-                "source": corpus.sources[record.source].name,
-                "row": record.row,
-                "reason": record.reason,
-                "excerpt": record.excerpt,
-            }
-        )
-        for report in reports
-        for record in report.rejected
-    ]
-    write_durably(output / QUARANTINE_NAME, b"".join(line + b"\n" for line in lines))
+    temporary = output / f"{QUARANTINE_NAME}.tmp"
+    with temporary.open("wb") as file:
+        for report, earlier in zip(reports, earlier_rows(reports), strict=True):
+            for line in (output / report.quarantine).open("rb") if report.quarantine else ():
+                record = orjson.loads(line)
+                source = record["source"]
+                record.update(source=corpus.sources[source].name, row=record["row"] + earlier[source])
+                file.write(orjson.dumps(record) + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(output / QUARANTINE_NAME)
 
 
 def manifest_of(
-    reports: Sequence[UnitReport], settings: UnitSettings, corpus: Corpus, *, identity: dict[str, Any]
+    reports: Sequence[UnitReport],
+    settings: UnitSettings,
+    corpus: Corpus,
+    *,
+    identity: dict[str, Any],
+    failed: Sequence[FailedUnit],
 ) -> Manifest:
-    """Compose the manifest of a finished dataset."""
-    splits: dict[SplitName, tuple[ShardInfo, ...]] = {
-        split: tuple(report.shards[split] for report in reports if split in report.shards) for split in SPLITS
-    }
+    """Compose the manifest of a finished dataset from its reports, in order."""
+    splits: dict[SplitName, list[ShardInfo]] = {split: [] for split in SPLITS}
+    for report, earlier in zip(reports, earlier_rows(reports), strict=True):
+        for split, shard in report.shards.items():
+            continues = earlier[report.first_sources[split]]
+            splits[split].append(shard.model_copy(update={"continues": continues}))
     dtype = token_dtype(settings.vocab_size).name
-    drops = sum((report.drops() for report in reports), Counter[str]())
+    total = {
+        name: dict(sorted(sum((Counter(getattr(report, name)) for report in reports), Counter[str]()).items()))
+        for name in ("drops", "noticed")
+    }
     return Manifest.model_validate(
         {
             "format_version": FORMAT_VERSION,
@@ -109,9 +158,9 @@ def manifest_of(
             "data_digest": data_digest(splits, tokenizer_fingerprint=settings.tokenizer_fingerprint, dtype=dtype),
             "split_rule": settings.split.describe(),
             "splits": splits,
-            "records": sum(report.documents + len(report.rejected) for report in reports),
-            "drops": dict(sorted(drops.items())),
-            "noticed": {},
+            "records": sum(report.documents + report.dropped for report in reports),
+            **total,
+            "failed": tuple(failed),
             "settings": identity,
             "inputs": input_infos(corpus),
         }

@@ -1,13 +1,14 @@
-"""What is already done: the ledger of an output folder.
+"""What is already done: the ledgers of an output folder.
 
-In: reports of committed units. Out: after any interruption, those that still hold. `ledger.jsonl` is a header
-(what the units were made for) and one line per unit, each written after its shards are durable.
+In: reports of committed units. Out: after any interruption, those that still hold. A ledger is a header (what
+the units were made for) and one line per unit, each written after its shards are durable. `ledger.jsonl` is that of
+a whole preparation; processes that take a share each have one of their own.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,27 @@ class LedgerHeader(BaseModel):
     tokenizer_fingerprint: str
 
 
+class StreamEnd(BaseModel):
+    """A compressed source was read to its end: stream unit `stream` has `parts` parts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stream: int
+    key: str
+    parts: int
+
+
+Entry = UnitReport | StreamEnd
+
+
 class Ledger:
-    """The ledger of one output folder."""
+    """One ledger of an output folder."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / LEDGER_NAME
+    def __init__(self, folder: Path, *, share: tuple[int, int] | None = None) -> None:
+        self.path = folder / (f"ledger.{share[0]}-of-{share[1]}.jsonl" if share else LEDGER_NAME)
 
-    def read(self) -> tuple[LedgerHeader | None, list[UnitReport]]:
-        """Header and reports; a torn last line, the mark of a kill, is no report."""
+    def read(self) -> tuple[LedgerHeader | None, list[Entry]]:
+        """Header and entries; a torn last line, the mark of a kill, is no entry."""
         if not self.path.exists():
             return None, []
         lines = self.path.read_bytes().splitlines()
@@ -44,22 +58,43 @@ class Ledger:
             header = LedgerHeader.model_validate_json(lines[0])
         except (IndexError, ValidationError):
             return None, []
-        reports = []
-        for line in lines[1:]:
-            try:
-                reports.append(UnitReport.model_validate_json(line))
-            except ValidationError:
-                continue
-        return header, reports
+        return header, [entry for line in lines[1:] if (entry := _entry(line))]
 
-    def write(self, header: LedgerHeader, reports: Iterable[UnitReport]) -> None:
+    def write(self, header: LedgerHeader, entries: Iterable[Entry]) -> None:
         """Replace the ledger."""
-        lines = [header.model_dump_json(), *(report.model_dump_json() for report in reports)]
+        lines = [header.model_dump_json(), *(entry.model_dump_json() for entry in entries)]
         write_durably(self.path, "".join(line + "\n" for line in lines).encode())
 
-    def append(self, report: UnitReport) -> None:
-        """Record a committed unit, durably."""
+    def append(self, entry: Entry) -> None:
+        """Record a committed unit or the end of a stream, durably."""
         with self.path.open("ab") as file:
-            file.write(report.model_dump_json().encode() + b"\n")
+            file.write(entry.model_dump_json().encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def ledgers(folder: Path) -> list[Ledger]:
+    """All ledgers in a folder, that of the whole preparation and those of shares."""
+    found = []
+    for path in sorted(folder.glob("ledger*.jsonl")):
+        ledger = Ledger(folder)
+        ledger.path = path
+        found.append(ledger)
+    return found
+
+
+def headers(folder: Path) -> Iterator[LedgerHeader]:
+    """The headers of all ledgers that have one."""
+    for ledger in ledgers(folder):
+        header, _ = ledger.read()
+        if header:
+            yield header
+
+
+def _entry(line: bytes) -> Entry | None:
+    for kind in (UnitReport, StreamEnd):
+        try:
+            return kind.model_validate_json(line)
+        except ValidationError:
+            continue
+    return None

@@ -1,228 +1,364 @@
 """A corpus to a complete dataset: plan, units, commit. Safe to kill at any moment, safe to run again.
 
 In: a `Request`. Out: a folder whose `manifest.json` is written last. Files under final names are whole;
-what the ledger records is kept by the next run of the same command, everything else is made again.
+what a ledger records is kept by the next run of the same command, everything else is made again.
 """
 
 from __future__ import annotations
 
 import errno
-import heapq
-import os
 import shlex
 import shutil
-import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import islice
-from multiprocessing import get_context, parent_process
+from dataclasses import replace
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
-import xxhash
 from rich.console import Console
 
-from pipeline.data.corpus import Corpus, check_text_key, find_corpus, read_texts, read_unit
-from pipeline.data.finish import manifest_of, no_documents, refuse_bad, refuse_empty_split, write_quarantine
-from pipeline.data.formats import Rejected
-from pipeline.data.ledger import Ledger, LedgerHeader
-from pipeline.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, digest_of, write_manifest
-from pipeline.data.plan import Unit, plan_units
+from pipeline.data.corpus import Corpus, check_text_key, find_corpus, read_texts
+from pipeline.data.encoder import choose_backend
+from pipeline.data.executors import CutEnd, Failure, UnitRun, open_place
+from pipeline.data.finish import manifest_of, no_documents, refuse_empty_split, too_many_bad, write_quarantine
+from pipeline.data.ledger import Entry, Ledger, LedgerHeader, StreamEnd, ledgers
+from pipeline.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, FailedUnit, Manifest, digest_of, write_manifest
+from pipeline.data.plan import Unit, cut_stream, plan_units
 from pipeline.data.progress import UnitProgress
 from pipeline.data.request import Request, complete_manifest, refuse_foreign, sizes_agree
+from pipeline.data.split import SplitRule
+from pipeline.data.survey import (
+    FEW_DOCUMENTS,
+    Survey,
+    estimate,
+    refuse_small_disk,
+    survey,
+    training_texts,
+)
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer, needs_corpus
-from pipeline.data.unit import SplitRule, UnitReport, UnitSettings, prepare_unit
-from pipeline.errors import StoppedEarly, UserError
+from pipeline.data.unit import UnitReport, UnitSettings, prepare_unit
+from pipeline.errors import StoppedEarly, Unfinished, UserError
 from pipeline.files import fsync_folder
-from pipeline.locks import locked
+from pipeline.locks import LOCK_NAME, locked, refuse_held
 
-FEW_DOCUMENTS = 100
-"""Below this, holding out whole documents by hash would leave the size of the validation split to chance."""
 DEFAULT_FRACTION, DEFAULT_TAIL_FRACTION = 0.005, 0.1
-TRAINING_SAMPLE_BYTES = 100 * 10**6
+SPOOL_NAME = ".spool"
+EARLY_VERDICT_RECORDS = 10_000
+"""Records after which a corpus may be found too bad before its end."""
 
 
-def prepare(request: Request, *, console: Console) -> Manifest:
-    """Prepare the dataset, or finish what an earlier run of the same request began.
+def prepare(request: Request, *, console: Console) -> Manifest | None:
+    """Prepare the dataset, or finish what an earlier run of the same request began. None: a share of it is done.
 
-    Raises `UserError` for whatever the user can mend, `StoppedEarly` on Ctrl-C; committed units are kept.
+    Raises `UserError` for whatever the user can mend, `Unfinished` when units failed, `StoppedEarly` on Ctrl-C;
+    committed units are kept.
     """
+    request = replace(request, output=request.output.resolve())
+    with _disk_errors(request.output):
+        corpus, identity = _corpus(request, console)
+        with _writing(request):
+            refuse_foreign(request.output, identity)
+            complete = complete_manifest(request.output, corpus)
+            if complete:
+                console.print(f"already complete: {request.output}", markup=False)
+                return complete
+            return _Preparation(request, corpus, identity, console).run()
+
+
+def rehearse(request: Request, *, console: Console) -> None:
+    """`--dry-run`: plan, encode a sample, and say what the preparation would come to. Writes nothing."""
+    corpus, _ = _corpus(request, console)
+    units = plan_units(corpus.sources, request.rules)
+    seen = survey(units, request.rules)
+    rule = _split_rule(request, seen, corpus, console)
+    size = sum(unit.size for unit in units)
+    tokenizer = _make_tokenizer(replace(request, tokenizer="bytes") if _costly(request) else request, units)
+    backend, reason = choose_backend(tokenizer, seen.sample, asked=request.backend)
+    expected = estimate(seen.sample, size, tokenizer=tokenizer, backend=backend, workers=request.workers)
+    for line in (
+        f"{len(corpus.sources):,} inputs, {len(units):,} units, about {size / 1e6:,.1f} MB of text",
+        f"split: {rule.describe()}",
+        f"encoder: {backend} ({reason})",
+        f"tokens: at most {size:,}, known once {request.tokenizer} is made"
+        if _costly(request)
+        else f"tokens: about {expected.tokens:,}; disk: about {expected.disk_bytes / 1e6:,.1f} MB; "
+        f"encoding: about {expected.seconds:,.0f} s with {request.workers} workers",
+        f"free on the disk: {_free(request.output) / 1e6:,.1f} MB",
+        "nothing was written",
+    ):
+        console.print(line, markup=False)
+
+
+def _corpus(request: Request, console: Console) -> tuple[Corpus, dict[str, Any]]:
+    """What the inputs come to, checked, and the identity of the dataset they make."""
     request.check()
-    corpus = find_corpus(request.inputs, exclude=request.exclude, output=request.output.resolve())
+    corpus = find_corpus(
+        request.inputs, exclude=request.exclude, output=request.output.resolve(), held_out=request.val_inputs
+    )
     for note in corpus.notes:
         console.print(f"note: {note}", markup=False)
-    identity = request.identity(corpus)
-    with _disk_errors(request.output), ExitStack() as stack:
-        request.output.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(locked(request.output, ask_of_other_hosts=True))
-        refuse_foreign(request.output, identity)
-        complete = complete_manifest(request.output, corpus)
-        if complete:
-            console.print(f"already complete: {request.output}", markup=False)
-            return complete
-        return _build(request, corpus, identity, console)
-
-
-def _build(request: Request, corpus: Corpus, identity: dict[str, Any], console: Console) -> Manifest:
-    """Plan, tokenizer, units, verdict, manifest."""
-    output, ledger = request.output, Ledger(request.output)
     check_text_key(corpus.sources, request.rules.key)
-    units = plan_units(corpus.sources, request.rules)
-    split = _split_rule(request, corpus, units, console)
-    header, reports = ledger.read()
-    inputs_digest = digest_of([[source.name, source.fingerprint] for source in corpus.sources])
-    tokenizer = _tokenizer(request, units, header if header and header.inputs_digest == inputs_digest else None)
-    settings = UnitSettings(
-        output=output,
-        rules=request.rules,
-        split=split,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        vocab_size=tokenizer.vocab_size,
-        eos_id=tokenizer.eos_id,
-    )
-    kept = _keep(output, reports, units, settings, console)
-    header = LedgerHeader(settings=identity, inputs_digest=inputs_digest, tokenizer_fingerprint=tokenizer.fingerprint)
-    (output / MANIFEST_NAME).unlink(missing_ok=True)  # inputs changed: what it vouches for is about to
-    ledger.write(header, kept.values())
-    tokenizer.save(output / TOKENIZER_NAME)
-    fsync_folder(output)
-    done = _run(units, settings, kept=kept, workers=request.workers, ledger=ledger, console=console)
-    ordered = [done[unit.number] for unit in units]
-    ledger.write(header, ordered)  # in order, whatever order they were finished in
-    refuse_bad(ordered, corpus, max_bad=request.max_bad)
-    refuse_empty_split(ordered, settings)
-    write_quarantine(output, ordered, corpus)
-    manifest = manifest_of(ordered, settings, corpus, identity=identity)
-    write_manifest(output, manifest)
-    return manifest
+    return corpus, request.identity(corpus)
 
 
-def _split_rule(request: Request, corpus: Corpus, units: Sequence[Unit], console: Console) -> SplitRule:
+@contextmanager
+def _writing(request: Request) -> Iterator[None]:
+    """Hold the output: alone, or beside the other shares."""
+    output = request.output
+    output.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        if request.share:
+            name = f"{LOCK_NAME}-{request.share[0]}-of-{request.share[1]}"
+            stack.enter_context(locked(output, ask_of_other_hosts=False, name=name))
+            refuse_held(output)
+        else:
+            stack.enter_context(locked(output, ask_of_other_hosts=True))
+            for path in sorted(output.glob(f"{LOCK_NAME}-*")):  # of shares: whoever still works is named
+                stack.enter_context(locked(output, ask_of_other_hosts=True, name=path.name))
+        yield
+
+
+class _Preparation:
+    """One preparation: what is to be made of which units, and what of it is there."""
+
+    def __init__(self, request: Request, corpus: Corpus, identity: dict[str, Any], console: Console) -> None:
+        self.request, self.corpus, self.identity, self.console = request, corpus, identity, console
+        self.output = request.output
+        self.ledger = Ledger(self.output, share=request.share)
+        self.place = open_place(request.executor, request.workers)
+        self.units = plan_units(corpus.sources, request.rules)
+        seen = survey(self.units, request.rules)
+        if not seen.documents and not any(source.held_out for source in corpus.sources):
+            raise no_documents(seen.rejected, corpus)
+        rule = _split_rule(request, seen, corpus, console)
+        tokenizer = self._tokenizer()
+        backend, reason = choose_backend(tokenizer, seen.sample, asked=request.backend)
+        if backend == "tokenizers" and request.backend == "auto":
+            console.print(f"note: encoding with `tokenizers`: {reason}", markup=False)
+        self.settings = UnitSettings(
+            output=self.output,
+            rules=request.rules,
+            split=rule,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            eos_id=tokenizer.eos_id,
+            backend=backend,
+            strict=request.strict,
+        )
+        self.header = LedgerHeader(
+            settings=identity, inputs_digest=self._inputs_digest, tokenizer_fingerprint=tokenizer.fingerprint
+        )
+        self.done: dict[tuple[int, int], UnitReport] = {}
+        self.ends: dict[int, StreamEnd] = {}
+        self._keep()
+        left = estimate(
+            seen.sample, sum(unit.size for unit in self._todo()), tokenizer=tokenizer, backend=backend, workers=1
+        )
+        refuse_small_disk(self.output, left.disk_bytes)
+        (self.output / MANIFEST_NAME).unlink(missing_ok=True)  # inputs changed: what it vouches for is about to
+        self._write_ledger()
+        tokenizer.save(self.output / TOKENIZER_NAME)
+        fsync_folder(self.output)
+
+    def run(self) -> Manifest | None:
+        """Do what is left, judge it, and write the manifest; a share of the units has none to write."""
+        try:
+            failed = self._do_units()
+        finally:
+            self._clean()
+        if failed and not self.request.allow_failed:
+            raise Unfinished(
+                f"{len(failed)} of {len(self.units)} units failed, {len(self.done)} are done and kept:"
+                + "".join(f"\n  {unit.unit}: {unit.reason}" for unit in failed)
+                + "\nmend these inputs and run the same command again, or do without them: --allow-failed"
+            )
+        self._write_ledger()
+        if self.request.share:
+            return None
+        ordered = [self.done[place] for place in sorted(self.done)]
+        bad = too_many_bad(ordered, self.corpus, max_bad=self.request.max_bad, done=1)
+        if bad:
+            raise bad
+        refuse_empty_split(ordered, self.settings)
+        write_quarantine(self.output, ordered, self.corpus)
+        manifest = manifest_of(ordered, self.settings, self.corpus, identity=self.identity, failed=failed)
+        write_manifest(self.output, manifest)
+        for ledger in ledgers(self.output):
+            if ledger.path != self.ledger.path:
+                ledger.path.unlink()
+        return manifest
+
+    @property
+    def _inputs_digest(self) -> str:
+        return digest_of([[source.name, source.fingerprint] for source in self.corpus.sources])
+
+    def _tokenizer(self) -> TextTokenizer:
+        """The tokenizer asked for; the one of an earlier run, where a ledger vouches for it, is not made twice."""
+        path = self.output / TOKENIZER_NAME
+        if path.exists():
+            saved = TextTokenizer.from_file(path, eos=self.request.eos)
+            for ledger in ledgers(self.output):
+                header, _ = ledger.read()
+                vouched = header and (header.inputs_digest, header.tokenizer_fingerprint)
+                if vouched == (self._inputs_digest, saved.fingerprint):
+                    return saved
+        return _make_tokenizer(self.request, self.units)
+
+    def _mine(self) -> list[Unit]:
+        """The units of this share, or all."""
+        part, parts = self.request.share or (0, 1)
+        return [unit for unit in self.units if unit.number % parts == part]
+
+    def _todo(self) -> list[Unit]:
+        return [unit for unit in self._mine() if not self._is_done(unit)]
+
+    def _is_done(self, unit: Unit) -> bool:
+        if not unit.stream:
+            return (unit.number, unit.part or 0) in self.done
+        end = self.ends.get(unit.number)
+        return end is not None and all((unit.number, part) in self.done for part in range(end.parts))
+
+    def _keep(self) -> None:
+        """Take over the entries of earlier runs that still hold; files of those that do not are removed."""
+        planned = {unit.number: unit for unit in self.units}
+        keys = {unit.number: self.settings.key(unit) for unit in self.units}
+        entries: list[Entry] = [entry for ledger in ledgers(self.output) for entry in ledger.read()[1]]
+        self.ends = {e.stream: e for e in entries if isinstance(e, StreamEnd) and keys.get(e.stream) == e.key}
+        reports = [entry for entry in entries if isinstance(entry, UnitReport)]
+        stale: set[str] = set()
+        for report in reports:
+            sizes = {name: info.size for shard in report.shards.values() for name, info in shard.files.items()}
+            unit = planned.get(report.unit)
+            # parts of a stream bear the key of their stream, for what they hold is known only after reading it
+            if unit and report.key == keys[report.unit] and sizes_agree(self.output, sizes):
+                self.done[report.place] = report
+            else:
+                stale.update(report.files())
+        for name in stale.difference(name for report in self.done.values() for name in report.files()):
+            (self.output / name).unlink(missing_ok=True)
+        if reports:
+            redone = len({report.place for report in reports} - self.done.keys())
+            changed = f", {redone} made again because input or files changed" if redone else ""
+            count = sum(self._is_done(unit) for unit in self.units)
+            self.console.print(f"going on: {count} of {len(self.units)} units are done{changed}", markup=False)
+        self._clean()
+
+    def _do_units(self) -> list[FailedUnit]:
+        """Do the units that are not kept and record each once its shards are durable; those that failed."""
+        todo = self._todo()
+        sizes = {unit.number: unit.size for unit in todo}
+        failed: list[FailedUnit] = []
+        try:
+            with UnitProgress(self.console, total=sum(sizes.values())) as progress:
+                work = partial(prepare_unit, settings=self.settings)
+                if self.place.at_once == 1:
+                    work = partial(work, on_batch=progress.on_batch)
+                run = UnitRun(self.place, work, cut=self._cut, skip=self._is_done, done_with=self._drop_part)
+                for outcome in run.outcomes(todo):
+                    if isinstance(outcome, Failure):
+                        failed.append(FailedUnit(unit=outcome.unit.name, reason=outcome.reason))
+                        self.console.print(f"warning: unit {outcome.unit.name} failed: {outcome.reason}", markup=False)
+                    elif isinstance(outcome, CutEnd):
+                        self._record(self._end_of(outcome))
+                    else:
+                        self._record(outcome)
+                        progress.on_unit(
+                            outcome, size=sizes[outcome.unit] if outcome.part is None else outcome.text_bytes
+                        )
+                        self._early_verdict()
+        except KeyboardInterrupt:
+            command = shlex.join(["python", *sys.argv])
+            count = sum(self._is_done(unit) for unit in self.units)
+            raise StoppedEarly(f"stopped: {count} of {len(self.units)} units are done; go on with: {command}") from None
+        return sorted(failed, key=lambda unit: unit.unit)
+
+    def _cut(self, unit: Unit) -> Iterator[Unit]:
+        """The parts of a stream unit, each in a plain file of its own until it is done."""
+        (self.output / SPOOL_NAME).mkdir(exist_ok=True)
+        yield from cut_stream(unit, self.request.rules, into=partial(self._spooled, unit.number))
+
+    def _spooled(self, stream: int, part: int) -> Path:
+        return self.output / SPOOL_NAME / f"{stream:05d}-{part:04d}"
+
+    def _drop_part(self, unit: Unit) -> None:
+        assert unit.part is not None, "only parts of streams are spooled"
+        self._spooled(unit.number, unit.part).unlink(missing_ok=True)
+
+    def _end_of(self, end: CutEnd) -> StreamEnd:
+        return StreamEnd(stream=end.unit.number, key=self.settings.key(end.unit), parts=end.parts)
+
+    def _record(self, entry: Entry) -> None:
+        self.ledger.append(entry)
+        if isinstance(entry, StreamEnd):
+            self.ends[entry.stream] = entry
+            return
+        self.done[entry.place] = entry
+        if entry.mismatch:
+            self.console.print(f"warning: {entry.mismatch}; encoded with `tokenizers` instead", markup=False)
+
+    def _early_verdict(self) -> None:
+        """Stop as soon as the beginning of the corpus shows that there are too many bad records."""
+        begun = list(takewhile(self._is_done, self.units))
+        numbers = {unit.number for unit in begun}
+        reports = [self.done[place] for place in sorted(self.done) if place[0] in numbers]
+        if sum(report.documents + report.dropped for report in reports) < EARLY_VERDICT_RECORDS:
+            return
+        share = sum(unit.size for unit in begun) / sum(unit.size for unit in self.units)
+        bad = too_many_bad(reports, self.corpus, max_bad=self.request.max_bad, done=share)
+        if bad:
+            raise bad
+
+    def _write_ledger(self) -> None:
+        """All that is kept, in order, whatever order it was done in; a share leaves those of others to them."""
+        numbers = {unit.number for unit in self._mine()}
+        entries: list[Entry] = [self.done[place] for place in sorted(self.done) if place[0] in numbers]
+        self.ledger.write(self.header, [*entries, *(self.ends[n] for n in sorted(self.ends) if n in numbers)])
+
+    def _clean(self) -> None:
+        """Remove what a kill left behind: temporary files and parts of streams, of our own units only."""
+        names = {unit.number for unit in self._mine()}
+        for path in self.output.glob("*.tmp"):
+            number = path.name.partition("-")[2][:5]
+            if not self.request.share or (number.isdecimal() and int(number) in names):
+                path.unlink(missing_ok=True)
+        for path in (self.output / SPOOL_NAME).glob("*"):
+            if int(path.name[:5]) in names:
+                path.unlink(missing_ok=True)
+        if not self.request.share:
+            shutil.rmtree(self.output / SPOOL_NAME, ignore_errors=True)
+
+
+def _split_rule(request: Request, seen: Survey, corpus: Corpus, console: Console) -> SplitRule:
     """Whole documents by hash, or the tail of each when there are too few to choose among."""
-    few = sum(1 for _ in islice(read_texts(units, request.rules), FEW_DOCUMENTS))
-    if not few:
-        records = (record for unit in units for record in read_unit(unit, request.rules))
-        raise no_documents([record for record in records if isinstance(record, Rejected)], corpus)
+    if any(source.held_out for source in corpus.sources):
+        return SplitRule("given", 0.0, request.seed)
     if request.val_fraction == 0:
         return SplitRule("none", 0.0, request.seed)
-    if few >= FEW_DOCUMENTS:
+    if seen.documents >= FEW_DOCUMENTS:
         return SplitRule("hash", request.val_fraction or DEFAULT_FRACTION, request.seed)
     rule = SplitRule("tail", request.val_fraction or DEFAULT_TAIL_FRACTION, request.seed)
-    console.print(f"note: fewer than {FEW_DOCUMENTS} documents ({few}): {rule.describe()}", markup=False)
+    console.print(f"note: fewer than {FEW_DOCUMENTS} documents ({seen.documents}): {rule.describe()}", markup=False)
     return rule
 
 
-def _tokenizer(request: Request, units: Sequence[Unit], header: LedgerHeader | None) -> TextTokenizer:
-    """The tokenizer asked for; the one of an earlier run, where `header` vouches for it, is not made twice."""
-    path = request.output / TOKENIZER_NAME
-    if header and path.exists():
-        saved = TextTokenizer.from_file(path, eos=request.eos)
-        if saved.fingerprint == header.tokenizer_fingerprint:
-            return saved
-    texts: Iterable[str] = ()
-    if needs_corpus(request.tokenizer):
-        texts = read_texts(units, request.rules)
-        texts = texts if request.tokenizer == "chars" else training_sample(texts, TRAINING_SAMPLE_BYTES)
+def _costly(request: Request) -> bool:
+    return needs_corpus(request.tokenizer)
+
+
+def _make_tokenizer(request: Request, units: Sequence[Unit]) -> TextTokenizer:
+    if not needs_corpus(request.tokenizer):
+        return load_tokenizer(request.tokenizer, eos=request.eos)
+    texts = read_texts(units, request.rules) if request.tokenizer == "chars" else training_texts(units, request.rules)
     return load_tokenizer(request.tokenizer, texts=texts, eos=request.eos)
 
 
-def training_sample(texts: Iterable[str], limit: int) -> list[str]:
-    """The texts of lowest hash, up to `limit` bytes, in order of hash: the same for any order of `texts`."""
-    heap: list[tuple[int, str]] = []
-    total = 0
-    for text in texts:
-        content = text.encode()
-        heapq.heappush(heap, (-xxhash.xxh3_64_intdigest(content), text))
-        total += len(content)
-        while total > limit and len(heap) > 1:
-            total -= len(heapq.heappop(heap)[1].encode())
-    return [text for _, text in sorted(heap, reverse=True)]
-
-
-def _keep(
-    output: Path, reports: list[UnitReport], units: Sequence[Unit], settings: UnitSettings, console: Console
-) -> dict[int, UnitReport]:
-    """Reports of earlier runs that still hold; files of those that do not are removed."""
-    keys = {unit.number: settings.key(unit) for unit in units}
-    kept: dict[int, UnitReport] = {}
-    stale: set[str] = set()
-    for report in reports:
-        sizes = {name: info.size for shard in report.shards.values() for name, info in shard.files.items()}
-        if keys.get(report.unit) == report.key and sizes_agree(output, sizes):
-            kept[report.unit] = report
-        else:
-            stale.update(report.files())
-    for name in stale.difference(name for report in kept.values() for name in report.files()):
-        (output / name).unlink(missing_ok=True)
-    if reports:
-        redone = len({report.unit for report in reports} - kept.keys())
-        changed = f", {redone} made again because input or files changed" if redone else ""
-        console.print(f"going on: {len(kept)} of {len(units)} units are done{changed}", markup=False)
-    return kept
-
-
-def _run(
-    units: Sequence[Unit],
-    settings: UnitSettings,
-    *,
-    kept: dict[int, UnitReport],
-    workers: int,
-    ledger: Ledger,
-    console: Console,
-) -> dict[int, UnitReport]:
-    """Do the units that are not kept and record each in the ledger once its shards are durable."""
-    done = dict(kept)
-    todo = [unit for unit in units if unit.number not in kept]
-    try:
-        with UnitProgress(console, units, done) as progress:
-            for report in _reports(todo, settings, workers=workers, on_batch=progress.on_batch):
-                ledger.append(report)
-                done[report.unit] = report
-                progress.on_unit(report)
-    except KeyboardInterrupt:
-        command = shlex.join(["python", *sys.argv])
-        raise StoppedEarly(f"stopped: {len(done)} of {len(units)} units are done; go on with: {command}") from None
-    except BrokenProcessPool:
-        raise UserError(
-            f"a worker process was killed, perhaps for lack of memory; {len(done)} of {len(units)} units are done: "
-            "run the same command with fewer --workers to go on"
-        ) from None
-    return done
-
-
-def _reports(
-    units: Sequence[Unit], settings: UnitSettings, *, workers: int, on_batch: Callable[[int, int], None]
-) -> Iterator[UnitReport]:
-    """Reports in the order of completion. One worker is this process."""
-    if workers == 1 or len(units) < 2:
-        for unit in units:
-            yield prepare_unit(unit, settings, on_batch=on_batch)
-        return
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin_worker)
-    try:
-        for future in as_completed([pool.submit(prepare_unit, unit, settings) for unit in units]):
-            yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _begin_worker() -> None:
-    """Set up a worker: one native thread, for the processes are the parallelism; it dies with its parent or Ctrl-C."""
-    os.environ["RAYON_NUM_THREADS"] = "1"
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    Thread(target=_die_with_parent, daemon=True).start()
-
-
-def _die_with_parent() -> None:
-    """An orphan that went on writing would meet the next run in the same files."""
-    parent = parent_process()
-    assert parent is not None, "only workers have a parent"
-    parent.join()
-    os._exit(1)
+def _free(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.resolve().parent
+    return shutil.disk_usage(folder).free
 
 
 @contextmanager
@@ -232,9 +368,8 @@ def _disk_errors(output: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(output).free
             raise UserError(
-                f"the disk of {output} is full ({free:,} bytes free); finished units are kept: "
+                f"the disk of {output} is full ({_free(output):,} bytes free); finished units are kept: "
                 "make room and run the same command again"
             ) from None
         if isinstance(error, PermissionError | FileExistsError | NotADirectoryError) or error.errno == errno.EROFS:

@@ -5,23 +5,20 @@ In: batches and units as they are finished. Out: text bytes a second, tokens a s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from pipeline.data.plan import Unit
 from pipeline.data.unit import UnitReport
 
 
 class UnitProgress:
-    """Counts expected bytes of text, and corrects itself at the end of each unit."""
+    """Counts expected bytes of text, of which `total` are to do, and corrects itself at the end of each unit."""
 
-    def __init__(self, console: Console, units: Sequence[Unit], done: Mapping[int, UnitReport]) -> None:
-        self._sizes = {unit.number: unit.size for unit in units}
-        self._finished = sum(self._sizes[number] for number in done)
+    def __init__(self, console: Console, *, total: int) -> None:
+        self._finished = 0
         self._progress = Progress(
             TextColumn("preparing"),
             BarColumn(),
@@ -34,8 +31,7 @@ class UnitProgress:
             disable=not console.is_terminal,
             transient=True,
         )
-        total = sum(self._sizes.values())
-        self._task = self._progress.add_task("", total=total, completed=self._finished, rate="-", drops=0)
+        self._task = self._progress.add_task("", total=total, rate="-", drops=0)
         self._tokens = self._counted = self._drops = 0
 
     def __enter__(self) -> Self:
@@ -53,11 +49,11 @@ class UnitProgress:
         self._progress.advance(self._task, text_bytes)
         self._show(self._tokens + self._counted)
 
-    def on_unit(self, report: UnitReport) -> None:
-        """A unit was committed."""
-        self._finished += self._sizes[report.unit]
+    def on_unit(self, report: UnitReport, *, size: int) -> None:
+        """A unit of an expected `size` was committed."""
+        self._finished += size
         self._tokens, self._counted = self._tokens + report.tokens, 0
-        self._drops += len(report.rejected)
+        self._drops += report.dropped
         self._progress.update(self._task, completed=self._finished)
         self._show(self._tokens)
 

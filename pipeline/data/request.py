@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import xxhash
 
 from pipeline.data.corpus import Corpus
+from pipeline.data.encoder import Backend
 from pipeline.data.formats import TextRules
-from pipeline.data.ledger import LEDGER_NAME, Ledger
+from pipeline.data.ledger import headers
 from pipeline.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, InputInfo, Manifest, digest_of, read_manifest
+from pipeline.data.tokenizer import check_tokenizer_name
 from pipeline.errors import UserError
 from pipeline.locks import LOCK_NAME
 
@@ -27,26 +29,41 @@ class Request:
     output: Path
     tokenizer: str = "gpt2"
     val_fraction: float | None = None
+    val_inputs: tuple[str, ...] = ()
     workers: int = 1
+    executor: str | None = None
+    share: tuple[int, int] | None = None
     rules: TextRules = field(default_factory=TextRules)
     exclude: tuple[str, ...] = ()
     seed: int = 1337
     eos: str | None = None
+    backend: Backend | Literal["auto"] = "auto"
     max_bad: float = 0.01
+    strict: bool = False
+    allow_failed: bool = False
 
     def check(self) -> None:
         """Refuse numbers that make no sense, all at once."""
         faults = []
         if self.val_fraction is not None and not 0 <= self.val_fraction < 1:
             faults.append(f"--val-fraction wants a number in [0, 1), got {self.val_fraction:g}")
+        if self.val_fraction and self.val_inputs:
+            faults.append("--val-fraction and --val-input exclude each other: give one")
         if not 0 <= self.max_bad <= 1:
             faults.append(f"--max-bad wants a number in [0, 1], got {self.max_bad:g}")
         if self.workers < 1:
             faults.append(f"--workers wants at least 1, got {self.workers}")
         if self.rules.separator == "":
             faults.append("--text-separator wants at least one character, got none")
+        if self.rules.max_document_bytes < 1024:
+            faults.append(f"--max-doc-bytes wants at least 1024, got {self.rules.max_document_bytes}")
+        if self.share is not None and not 0 <= self.share[0] < self.share[1]:
+            faults.append(f"--share wants I/N with I from 0 to N - 1, got {self.share[0]}/{self.share[1]}")
+        if self.share is not None and self.executor is not None:
+            faults.append("--share and --executor exclude each other: give one")
         if faults:
             raise UserError("\n".join(faults))
+        check_tokenizer_name(self.tokenizer)
 
     def identity(self, corpus: Corpus) -> dict[str, Any]:
         """The settings that the dataset depends on, as recorded and compared. Workers are not among them."""
@@ -61,20 +78,23 @@ class Request:
             "text_key": self.rules.key,
             "text_separator": self.rules.separator,
             "unit_bytes": self.rules.unit_bytes,
+            "max_document_bytes": self.rules.max_document_bytes,
+            "long_documents": self.rules.long_documents,
+            "invalid_utf8": self.rules.invalid_utf8,
             "val_fraction": self.val_fraction,
+            "val_inputs": len([source for source in corpus.sources if source.held_out]),
             "seed": self.seed,
         }
 
 
 def refuse_foreign(output: Path, identity: dict[str, Any]) -> None:
     """Refuse a folder that something else made, or this program with other settings."""
-    header, _ = Ledger(output).read()
-    recorded = header.settings if header else None
+    recorded = next((header.settings for header in headers(output)), None)
     if (output / MANIFEST_NAME).exists():
         recorded = read_manifest(output).settings
     if recorded is None:
-        ours = {LEDGER_NAME, LEDGER_NAME + ".tmp", LOCK_NAME}
-        others = sorted(entry.name for entry in output.iterdir() if entry.name not in ours)
+        ours = ("ledger", LOCK_NAME)  # and what begins so: temporary files, the ledgers and locks of shares
+        others = sorted(entry.name for entry in output.iterdir() if not entry.name.startswith(ours))
         if others:
             raise UserError(f"{output} holds other files ({', '.join(others[:3])}); choose an empty --output")
         return

@@ -105,7 +105,8 @@ class ShardWriter:
         }
         self._temporary.replace(self.folder / f"{self.name}.bin")
         write_durably(self.folder / f"{self.name}.docs.npy", stream.getvalue(), writer=self._writer)
-        write_durably(self.folder / f"{self.name}.idx", index, writer=self._writer)  # the commit point: no index, no shard
+        # the commit point: no index, no shard
+        write_durably(self.folder / f"{self.name}.idx", index, writer=self._writer)
         fsync_folder(self.folder)
         return ShardInfo(
             name=self.name,

@@ -1,70 +1,43 @@
 """One unit of work: read, validate, split, encode, write. Run by one process or by many.
 
-In: a `Unit` of the plan and what applies to all units. Out: the shards `train-NNNNN` and `val-NNNNN`, and a
-`UnitReport`. What is written depends on nothing else: not on other units, the order of work or the process.
+In: a `Unit` of the plan and what applies to all units. Out: the shards `train-NNNNN` and `val-NNNNN`, the rejected
+records, and a `UnitReport`. What is written depends on nothing else: not on other units, the order of work or the
+process.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
+import orjson
 import xxhash
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.data.corpus import read_unit
+from pipeline.data.corpus import UnitRows, read_unit
+from pipeline.data.encoder import Backend, Encoder, EncoderMismatch
 from pipeline.data.formats import Document, Rejected, TextRules
 from pipeline.data.manifest import SPLITS, TOKENIZER_NAME, ShardInfo, SplitName, digest_of
 from pipeline.data.plan import Unit
 from pipeline.data.shards import DOCUMENT_DTYPE, ShardWriter
+from pipeline.data.split import SplitRule
 from pipeline.data.tokenizer import TextTokenizer
-from pipeline.seeds import named_seed
+from pipeline.errors import UserError
+from pipeline.files import write_durably
 
 BATCH_BYTES = 2 * 2**20
-"""Text encoded at once: bounds memory, since `tokenizers` keeps about 500 bytes a token until it is done."""
+"""Text encoded at once: enough for the encoder's speed, little enough for the memory of many workers."""
+EXAMPLES = 3
 
 
-@dataclass(frozen=True)
-class SplitRule:
-    """Which part of which document is held out.
-
-    `hash`: a document whole, if its hash falls below `fraction`; equal texts land on one side, whatever
-    surrounds them. `tail`: the last `fraction` of the characters of every document. `none`: nothing.
-    """
-
-    mode: Literal["hash", "tail", "none"]
-    fraction: float
-    seed: int
-
-    def describe(self) -> str:
-        """The rule in words."""
-        if self.mode == "none":
-            return "no validation split"
-        if self.mode == "tail":
-            return f"the last {self.fraction:g} of the characters of each document is val, the rest train"
-        return f"a document is val if xxh3_64(text, seed {self._hash_seed}) < {self.fraction:g} * 2^64, else train"
-
-    def draw(self, content: bytes) -> int:
-        """The hash that decides on a document, uniform in [0, 2^64)."""
-        return xxhash.xxh3_64_intdigest(content, seed=self._hash_seed)
-
-    def parts(self, text: str, draw: int) -> dict[SplitName, str]:
-        """What of a document goes where; parts may be empty."""
-        if self.mode == "tail":
-            cut = int(len(text) * (1 - self.fraction))
-            return {"train": text[:cut], "val": text[cut:]}
-        held_out = self.mode == "hash" and draw < int(self.fraction * 2**64)
-        return {"val" if held_out else "train": text}
-
-    @property
-    def _hash_seed(self) -> int:
-        return named_seed(self.seed, "data", "split")
+class DamagedInputError(UserError):
+    """A unit's input cannot be read to its end; others are not concerned."""
 
 
 @dataclass(frozen=True)
@@ -77,96 +50,178 @@ class UnitSettings:
     tokenizer_fingerprint: str
     vocab_size: int
     eos_id: int
+    backend: Backend
+    strict: bool
 
     def key(self, unit: Unit) -> str:
-        """Digest of everything the unit's shards depend on; equal keys mean equal shards."""
+        """Digest of everything the unit's shards depend on; equal keys mean equal shards.
+
+        All parts of a stream bear one key, for where they begin and end follows from its source and the rules.
+        """
         values = asdict(self)
-        del values["output"]
-        return digest_of({"settings": values, "pieces": [asdict(piece) for piece in unit.pieces]})
+        for name in ("output", "backend", "strict"):  # where, how fast and how lenient: not what
+            del values[name]
+        whole = unit.stream or unit.part is not None
+        pieces = [
+            [piece.source.name, piece.source.kind, piece.source.fingerprint, piece.source.held_out, piece.index]
+            + ([] if whole else [piece.start, piece.stop])
+            for piece in unit.pieces
+        ]
+        return digest_of({"settings": values, "pieces": pieces})
 
 
 class UnitReport(BaseModel):
-    """What became of a unit: a line of the ledger. `lowest_draw` is the smallest hash among its documents."""
+    """What became of a unit: a line of the ledger.
+
+    `rows` counts the records of each source, blank lines included; `drops` the rejected ones by reason, of which
+    `examples` shows the first; `lowest_draw` is the smallest hash among its documents; `first_sources` are those of
+    the first document of each shard; `mismatch` tells why the unit was encoded by `tokenizers` after all.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     unit: int
+    part: int | None
     key: str
     shards: dict[SplitName, ShardInfo]
+    first_sources: dict[SplitName, int]
     documents: int
     text_bytes: int
-    rejected: tuple[Rejected, ...]
+    rows: dict[int, int]
+    drops: dict[str, int]
+    examples: tuple[Rejected, ...]
+    noticed: dict[str, int]
+    quarantine: str | None
     lowest_draw: int
+    mismatch: str | None = None
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Sorts reports in the order of the corpus."""
+        return (self.unit, self.part or 0)
 
     @property
     def tokens(self) -> int:
         """Tokens of all splits."""
         return sum(shard.tokens for shard in self.shards.values())
 
-    def drops(self) -> Counter[str]:
-        """Rejected records by reason."""
-        return Counter(record.reason for record in self.rejected)
+    @property
+    def dropped(self) -> int:
+        """Rejected records."""
+        return sum(self.drops.values())
 
     def files(self) -> list[str]:
         """Names of the files the unit wrote."""
-        return [name for shard in self.shards.values() for name in shard.files]
+        shards = [name for shard in self.shards.values() for name in shard.files]
+        return shards + ([self.quarantine] if self.quarantine else [])
 
 
-def prepare_unit(
-    unit: Unit, settings: UnitSettings, *, on_batch: Callable[[int, int], None] | None = None
-) -> UnitReport:
+OnBatch = Callable[[int, int], None]
+
+
+def prepare_unit(unit: Unit, settings: UnitSettings, *, on_batch: OnBatch | None = None) -> UnitReport:
     """Write the shards of a unit and report. `on_batch` is told text bytes and tokens as they are written.
 
-    Raises `UserError` for damaged input and `OSError` when the disk is full; then nothing of the unit remains.
+    Raises `DamagedInputError` for input that cannot be read, `UserError` for what concerns all units, `OSError` when
+    the disk is full; then nothing of the unit remains.
     """
-    tokenizer = _load(settings.output / TOKENIZER_NAME, settings.tokenizer_fingerprint, settings.eos_id)
+    path = settings.output / TOKENIZER_NAME
+    tokenizer, encoder = _tools(path, settings.tokenizer_fingerprint, settings.eos_id, settings.backend)
+    try:
+        return _write(unit, settings, encoder, on_batch)
+    except EncoderMismatch as mismatch:
+        slow = Encoder(tokenizer, backend="tokenizers")
+        return _write(unit, settings, slow, on_batch).model_copy(update={"mismatch": str(mismatch)})
+
+
+def _write(unit: Unit, settings: UnitSettings, encoder: Encoder, on_batch: OnBatch | None) -> UnitReport:
+    held_out = {piece.index: piece.source.held_out for piece in unit.pieces}
     rejected: list[Rejected] = []
+    rows: list[UnitRows] = []
     documents, text_bytes, lowest_draw = 0, 0, 2**64 - 1
+    split = settings.split
     with ExitStack() as stack:
         sinks: dict[SplitName, _Sink] = {}
-        for split in SPLITS:
-            name = f"{split}-{unit.number:05d}"
-            writer = stack.enter_context(ShardWriter(settings.output, name, vocab_size=settings.vocab_size))
-            sinks[split] = _Sink(writer, tokenizer, on_batch)
-        for record in read_unit(unit, settings.rules):
+        for name in SPLITS:
+            writer = ShardWriter(settings.output, f"{name}-{unit.name}", vocab_size=settings.vocab_size)
+            sinks[name] = _Sink(stack.enter_context(writer), encoder, settings.eos_id, on_batch)
+        for record in _records(unit, settings.rules, rows):
             if isinstance(record, Rejected):
-                rejected.append(record)
+                rejected.append(_refused(record, unit, strict=settings.strict))
                 continue
-            content = record.text.encode()
-            draw = settings.split.draw(content)
-            documents, text_bytes, lowest_draw = documents + 1, text_bytes + len(content), min(lowest_draw, draw)
-            for split, text in settings.split.parts(record.text, draw).items():
-                sinks[split].add(text, record)
-        written = {split: sink.finish() for split, sink in sinks.items()}
+            content = record.content
+            draw = split.draw(content)
+            documents += 1
+            text_bytes += len(content)
+            lowest_draw = min(lowest_draw, draw)
+            for part, text in split.parts(content, draw=draw, held_out=held_out[record.source]).items():
+                sinks[part].add(text, record)
+        quarantine = _set_aside(unit, settings.output, rejected)
+        written = {name: sink.finish() for name, sink in sinks.items()}
+    (counts,) = rows
+    noticed = sum((sink.noticed for sink in sinks.values()), Counter({"invalid bytes replaced": counts.replaced}))
     return UnitReport(
         unit=unit.number,
+        part=unit.part,
         key=settings.key(unit),
-        shards={split: shard for split, shard in written.items() if shard},
+        shards={name: shard for name, shard in written.items() if shard},
+        first_sources={name: sink.first_source for name, sink in sinks.items() if written[name]},
         documents=documents,
         text_bytes=text_bytes,
-        rejected=tuple(rejected),
+        rows=counts.rows,
+        drops=Counter(record.reason for record in rejected),
+        examples=tuple(rejected[:EXAMPLES]),
+        noticed={what: count for what, count in noticed.items() if count},
+        quarantine=quarantine,
         lowest_draw=lowest_draw,
     )
+
+
+def _records(unit: Unit, rules: TextRules, rows: list[UnitRows]) -> Generator[Document | Rejected, None, None]:
+    """The records of a unit; what was counted is added to `rows` at the end."""
+    try:
+        rows.append((yield from read_unit(unit, rules)))
+    except UserError as error:
+        raise DamagedInputError(str(error)) from None
+
+
+def _refused(record: Rejected, unit: Unit, *, strict: bool) -> Rejected:
+    if strict:
+        piece = next(piece for piece in unit.pieces if piece.index == record.source)
+        counted = f" counted from {piece.start}" if piece.start else ""
+        where = f"{piece.source.name}, row {record.row}{counted}"
+        raise UserError(f"--strict: {where}: {record.reason}: {record.excerpt[:80]}")
+    return record
+
+
+def _set_aside(unit: Unit, output: Path, rejected: list[Rejected]) -> str | None:
+    """Write the rejected records of a unit, one JSON object a line; the name of the file, or None without any."""
+    if not rejected:
+        return None
+    name = f"quarantine-{unit.name}.jsonl"
+    write_durably(output / name, b"".join(orjson.dumps(record._asdict()) + b"\n" for record in rejected))
+    return name
 
 
 class _Sink:
     """Gathers texts, encodes them by the batch, ends each with EOS and hands them to a shard."""
 
-    def __init__(
-        self, writer: ShardWriter, tokenizer: TextTokenizer, on_batch: Callable[[int, int], None] | None
-    ) -> None:
-        self._writer, self._tokenizer, self._on_batch = writer, tokenizer, on_batch
-        self._texts: list[str] = []
-        self._records: list[tuple[Any, ...]] = []
+    def __init__(self, writer: ShardWriter, encoder: Encoder, eos_id: int, on_batch: OnBatch | None) -> None:
+        self._writer, self._encoder, self._on_batch = writer, encoder, on_batch
+        self._eos_id = eos_id
+        self._contents: list[bytes] = []
+        self._sources: list[int] = []
+        self._rows: list[int] = []
         self._bytes = 0
+        self.first_source = 0
+        self.noticed: Counter[str] = Counter()
 
-    def add(self, text: str, document: Document) -> None:
-        if not text:
+    def add(self, content: bytes, document: Document) -> None:
+        if not content:
             return
-        content = text.encode()
-        digest = xxhash.xxh3_128_intdigest(content)
-        self._texts.append(text)
-        self._records.append((len(content), document.source, document.row, (digest & (2**64 - 1), digest >> 64)))
+        self._contents.append(content)
+        self._sources.append(document.source)
+        self._rows.append(document.row)
         self._bytes += len(content)
         if self._bytes >= BATCH_BYTES:
             self._flush()
@@ -176,19 +231,39 @@ class _Sink:
         return self._writer.commit()
 
     def _flush(self) -> None:
-        if not self._texts:
+        contents = self._contents
+        if not contents:
             return
-        ids, lengths = self._tokenizer.encode_batch(self._texts)
-        ended = np.insert(ids, np.cumsum(lengths), self._tokenizer.eos_id)
-        self._writer.append(ended, lengths=lengths + 1, documents=np.array(self._records, DOCUMENT_DTYPE))
+        if not self._writer.n_tokens:
+            self.first_source = self._sources[0]
+        ids, lengths = self._encoder.encode(contents)
+        ends = np.cumsum(lengths + 1) - 1
+        ended = np.full(len(ids) + len(contents), self._eos_id, np.uint32)
+        text = np.ones(len(ended), np.bool_)
+        text[ends] = False
+        ended[text] = ids
+        documents = np.zeros(len(contents), DOCUMENT_DTYPE)
+        documents["text_bytes"] = np.fromiter(map(len, contents), np.int64, count=len(contents))
+        documents["source"], documents["row"] = self._sources, self._rows
+        digests = b"".join(map(xxhash.xxh3_128_digest, contents))  # big-endian: high half first
+        documents["hash"] = np.frombuffer(digests, ">u8").reshape(-1, 2)[:, ::-1]
+        self._notice(contents, ids)
+        self._writer.append(ended, lengths=lengths + 1, documents=documents)
         if self._on_batch:
             self._on_batch(self._bytes, len(ended))
-        self._texts, self._records, self._bytes = [], [], 0
+        self._contents, self._sources, self._rows, self._bytes = [], [], [], 0
+
+    def _notice(self, contents: list[bytes], ids: np.ndarray[Any, np.dtype[np.uint32]]) -> None:
+        """Count what is kept as it stands but worth knowing."""
+        self.noticed["documents with NUL"] += sum(b"\0" in content for content in contents)
+        self.noticed["documents with the text of a special token"] += self._encoder.special_text(contents)
+        if self._encoder.unknown_id is not None:
+            self.noticed["unknown tokens"] += int(np.count_nonzero(ids == self._encoder.unknown_id))
 
 
 @lru_cache(maxsize=1)
-def _load(path: Path, fingerprint: str, eos_id: int) -> TextTokenizer:
-    """One tokenizer a process, not one a unit."""
+def _tools(path: Path, fingerprint: str, eos_id: int, backend: Backend) -> tuple[TextTokenizer, Encoder]:
+    """One tokenizer and one encoder a process, not one a unit."""
     tokenizer = TextTokenizer.from_file(path, eos=eos_id)
     assert tokenizer.fingerprint == fingerprint, f"{path} changed while the data was prepared"
-    return tokenizer
+    return tokenizer, Encoder(tokenizer, backend=backend)

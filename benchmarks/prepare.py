@@ -1,0 +1,207 @@
+"""Preparation speed beside the ways people use today, on the same JSONL and tokenizer, in one run.
+
+    python -m benchmarks.prepare --tokenizer TOKENIZER.json [--text FILE ...] [--megabytes 250] [--workers 1 2]
+
+Each way runs in processes of its own, one after the other; the memory is the highest sum of the proportional set
+sizes (PSS) of its process tree. "encode only" ways get all text in memory as a list and write nothing: they bound
+what is possible. The corpus is real and no file occurs twice, for an encoder with a cache of words must not meet the
+same text again: by default it is the sources of all that is installed beside this project, a document a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+EOS = "<|endoftext|>"
+SUFFIXES = (".py", ".pyi", ".h", ".rst", ".md", ".txt")
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def main() -> None:
+    """Make the corpus, run each way, print a table of ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", required=True, help="a tokenizer.json of GPT-2's kind")
+    parser.add_argument("--text", type=Path, nargs="+", help="files, each a document (default: installed sources)")
+    parser.add_argument("--megabytes", type=int, default=250)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--way", nargs=4, help=argparse.SUPPRESS)  # the child process: name, corpus, workers, output
+    arguments = parser.parse_args()
+    if arguments.way:
+        name, corpus, workers, output = arguments.way
+        WAYS[name](Path(corpus), arguments.tokenizer, int(workers), Path(output))
+        return
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        corpus = Path(folder) / "corpus.jsonl"
+        size = make_corpus(corpus, arguments.text or installed_sources(), arguments.megabytes * 10**6)
+        print(f"{size / 1e6:,.0f} MB of text in {corpus.stat().st_size / 1e6:,.0f} MB of JSONL, {os.cpu_count()} cores")
+        print(f"{'way':<26}{'workers':>8}{'seconds':>9}{'MB/s':>8}{'Mtok/s':>8}{'peak MB':>9}{'of ours':>9}")
+        for workers in arguments.workers:
+            ours = 0.0
+            for name in WAYS:
+                output = Path(folder) / f"{WAYS[name].__name__}-{workers}"
+                seconds, tokens, peak = measure(name, corpus, arguments.tokenizer, workers, output)
+                rate = size / 1e6 / seconds
+                ours = ours or rate
+                speed = f"{seconds:>9.1f}{rate:>8.1f}{tokens / 1e6 / seconds:>8.2f}"
+                print(f"{name:<26}{workers:>8}{speed}{peak / 2**20:>9,.0f}{rate / ours:>9.3f}", flush=True)
+
+
+def installed_sources() -> list[Path]:
+    """Text that every machine with this project has: what is installed with it."""
+    folders = sorted({sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")})
+    return [path for folder in folders for suffix in SUFFIXES for path in sorted(Path(folder).rglob(f"*{suffix}"))]
+
+
+def make_corpus(path: Path, texts: list[Path], size: int) -> int:
+    """Write the distinct ones of `texts`, in random order, as JSON lines until `size` bytes; the bytes of text."""
+    random.Random(1).shuffle(texts)
+    written, seen = 0, set()
+    with path.open("w", encoding="utf-8") as file:
+        for source in texts:
+            content = source.read_bytes()
+            if written >= size or not 100 < len(content) < 2**20 or hash(content) in seen:
+                continue
+            seen.add(hash(content))
+            text = content.decode(errors="replace")
+            file.write(json.dumps({"text": text}) + "\n")
+            written += len(text.encode())
+    return written
+
+
+def measure(name: str, corpus: Path, tokenizer: str, workers: int, output: Path) -> tuple[float, int, int]:
+    """Seconds (as the way itself reports them, or of its whole process), tokens, peak memory of the process tree."""
+    command = [sys.executable, "-m", "benchmarks.prepare", "--tokenizer", tokenizer]
+    command += ["--way", name, str(corpus), str(workers), str(output)]
+    threads = {"RAYON_NUM_THREADS": str(workers), "TOKENIZERS_PARALLELISM": "true"}
+    environment = {**os.environ, **threads, "HF_DATASETS_CACHE": f"{output}.cache"}
+    began = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, tree_memory(process.pid))
+        time.sleep(0.05)
+    seconds = time.perf_counter() - began
+    assert process.stdout is not None, "it was piped"
+    assert process.returncode == 0, f"{name} failed"
+    report = json.loads(process.stdout.read().splitlines()[-1])
+    return report.get("seconds", seconds), report["tokens"], peak
+
+
+def tree_memory(pid: int) -> int:
+    """Proportional set size of a process and all below it: shared pages are counted once."""
+    total = 0
+    try:
+        root = psutil.Process(pid)
+        for process in [root, *root.children(recursive=True)]:
+            total += process.memory_full_info().pss
+    except psutil.Error:
+        pass  # one of them ended meanwhile
+    return total
+
+
+def report(tokens: int, seconds: float | None = None) -> None:
+    """What a way tells the process that measures it."""
+    print(json.dumps({"tokens": tokens} | ({"seconds": seconds} if seconds else {})))
+
+
+def ours(corpus: Path, tokenizer: str, workers: int, output: Path) -> None:
+    """data_prep.py as a user runs it, the start of Python included."""
+    command = [sys.executable, "data_prep.py", str(corpus), "--output", str(output), "--tokenizer", tokenizer]
+    subprocess.run([*command, "--workers", str(workers)], check=True, stdout=subprocess.DEVNULL)
+    manifest = json.loads((output / "manifest.json").read_text())
+    report(sum(shard["tokens"] for shards in manifest["splits"].values() for shard in shards))
+
+
+def datasets_map(corpus: Path, tokenizer: str, workers: int, output: Path) -> None:
+    """`datasets.map` with tiktoken, then a memory-mapped file written in batches, as nanoGPT prepares OpenWebText."""
+    import datasets
+
+    encoding = gpt2_of_tiktoken(tokenizer)
+    rows = datasets.load_dataset("json", data_files=str(corpus), split="train")
+
+    def encode(row: dict[str, str]) -> dict[str, object]:
+        ids = encoding.encode_ordinary(row["text"])
+        ids.append(50256)
+        return {"ids": ids, "len": len(ids)}
+
+    encoded = rows.map(encode, remove_columns=["text"], num_proc=workers)
+    total = int(np.sum(encoded["len"], dtype=np.uint64))
+    out = np.memmap(output, dtype=np.uint16, mode="w+", shape=(total,))
+    place, shards = 0, min(1024, len(encoded))
+    for number in range(shards):
+        batch = encoded.shard(num_shards=shards, index=number, contiguous=True).with_format("numpy")
+        ids = np.concatenate(batch["ids"])
+        out[place : place + len(ids)] = ids
+        place += len(ids)
+    out.flush()
+    report(total)
+
+
+def gpt2_of_tiktoken(tokenizer: str) -> object:
+    """A tiktoken encoding with the vocabulary of a GPT-2 `tokenizer.json`, which needs no download."""
+    import tiktoken
+
+    vocabulary = json.loads(Path(tokenizer).read_text(encoding="utf-8"))["model"]["vocab"]
+    spare = iter(range(256, 512))
+    stand_ins = {
+        chr(value) if 33 <= value <= 126 or 161 <= value <= 172 or 174 <= value <= 255 else chr(next(spare)): value
+        for value in range(256)
+    }
+    end = {EOS: vocabulary.pop(EOS)}
+    ranks = {bytes(stand_ins[symbol] for symbol in word): rank for word, rank in vocabulary.items()}
+    return tiktoken.Encoding(name="gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=end)
+
+
+def texts_of(corpus: Path) -> list[str]:
+    """All documents."""
+    with corpus.open("rb") as file:
+        return [json.loads(line)["text"] for line in file]
+
+
+def tokenizers_only(corpus: Path, tokenizer: str, workers: int, output: Path) -> None:
+    """Encode only, with `tokenizers`."""
+    from tokenizers import Tokenizer
+
+    loaded, texts = Tokenizer.from_file(tokenizer), texts_of(corpus)
+    began, tokens = time.perf_counter(), 0
+    for start in range(0, len(texts), 1000):
+        tokens += sum(len(e) for e in loaded.encode_batch_fast(texts[start : start + 1000], add_special_tokens=False))
+    report(tokens, time.perf_counter() - began)
+
+
+def gigatoken_only(corpus: Path, tokenizer: str, workers: int, output: Path) -> None:
+    """Encode only, with gigatoken in its fastest form: bytes in, flat arrays out."""
+    import gigatoken
+
+    definition = json.loads(Path(tokenizer).read_text(encoding="utf-8"))
+    definition["added_tokens"] = []
+    loaded, texts = gigatoken.Tokenizer.from_json(json.dumps(definition)), [text.encode() for text in texts_of(corpus)]
+    began, tokens = time.perf_counter(), 0
+    for start in range(0, len(texts), 1000):
+        found = loaded.encode_batch(texts[start : start + 1000], parallel=workers > 1)
+        tokens += len(found.layout.content.data)
+    report(tokens, time.perf_counter() - began)
+
+
+WAYS: dict[str, Callable[[Path, str, int, Path], None]] = {
+    "data_prep.py": ours,
+    "datasets.map + tiktoken": datasets_map,
+    "gigatoken, encode only": gigatoken_only,
+    "tokenizers, encode only": tokenizers_only,
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""A look at the corpus before the work: what the first documents of some units tell about all of them.
+
+In: the plan. Out: a `Survey`, from which follow the split rule, the encoder, and estimates of tokens, bytes and time.
+"""
+
+from __future__ import annotations
+
+import heapq
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from time import perf_counter
+
+import xxhash
+
+from pipeline.data.corpus import read_unit
+from pipeline.data.encoder import Backend, Encoder
+from pipeline.data.formats import Document, Rejected, TextRules
+from pipeline.data.plan import Unit
+from pipeline.data.shards import DOCUMENT_DTYPE, token_dtype
+from pipeline.data.tokenizer import TextTokenizer
+from pipeline.errors import UserError
+
+FEW_DOCUMENTS = 100
+"""Below this, holding out whole documents by hash would leave the size of the validation split to chance."""
+SAMPLED_UNITS = 8
+SAMPLED_BYTES = 256 * 2**10
+TRAINING_SAMPLE_BYTES = 100 * 10**6
+TRAINING_POOL_BYTES = 10 * TRAINING_SAMPLE_BYTES
+"""Text from which the training sample is drawn: a bound for the time, not the quality (huggingface/tokenizers#1681)."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """`documents` counts those to train on, up to `FEW_DOCUMENTS`; `sample` is text from all over the corpus."""
+
+    documents: int
+    sample: tuple[bytes, ...]
+    rejected: tuple[Rejected, ...]
+
+
+def survey(units: Sequence[Unit], rules: TextRules) -> Survey:
+    """Read the beginning of some units. Damaged ones tell nothing; they are found out later."""
+    documents, rejected = 0, []
+    for unit in units:
+        for record in _readable(unit, rules):
+            if isinstance(record, Rejected):
+                rejected.append(record)
+            else:
+                documents += not _held_out(unit, record)
+            if documents >= FEW_DOCUMENTS:
+                break
+        if documents >= FEW_DOCUMENTS:
+            break
+    places = {len(units) * i // SAMPLED_UNITS for i in range(SAMPLED_UNITS)} if units else set()
+    chosen = [units[number] for number in sorted(places)]
+    sample: list[bytes] = []
+    for unit in chosen:
+        sample += _beginning(unit, rules, SAMPLED_BYTES // len(chosen))
+    return Survey(documents, tuple(sample), tuple(rejected))
+
+
+def _held_out(unit: Unit, document: Document) -> bool:
+    return next(piece.source.held_out for piece in unit.pieces if piece.index == document.source)
+
+
+def _readable(unit: Unit, rules: TextRules) -> Iterator[Document | Rejected]:
+    try:
+        yield from read_unit(unit, rules)
+    except UserError:
+        return
+
+
+def _beginning(unit: Unit, rules: TextRules, limit: int) -> list[bytes]:
+    """The first documents of a unit, up to `limit` bytes; of a first one that is longer, its beginning."""
+    taken: list[bytes] = []
+    left = limit
+    for record in islice(_readable(unit, rules), 10_000):
+        if isinstance(record, Document):
+            content = record.content
+            if len(content) > limit:
+                content = content[:limit].decode(errors="ignore").encode()
+            taken.append(content)
+            left -= len(content)
+        if left <= 0:
+            break
+    return taken
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the sample makes expect of `text_bytes` of text."""
+
+    text_bytes: int
+    tokens: int
+    disk_bytes: int
+    seconds: float
+
+
+def estimate(
+    sample: Sequence[bytes], text_bytes: int, *, tokenizer: TextTokenizer, backend: Backend, workers: int
+) -> Estimate:
+    """Encode the sample and extrapolate: tokens, bytes of the dataset on disk, seconds of the workers."""
+    encoder = Encoder(tokenizer, backend=backend)
+    sample = sample or (b"a",)
+    encoder.encode(sample[:1])  # the first call loads
+    began = perf_counter()
+    ids, _ = encoder.encode(sample)
+    seconds = perf_counter() - began
+    share = text_bytes / sum(map(len, sample))
+    item = token_dtype(tokenizer.vocab_size).itemsize
+    per_document = DOCUMENT_DTYPE.itemsize + 4 + 8 + 8 + item  # its record, its place in the index, its EOS
+    return Estimate(
+        text_bytes=text_bytes,
+        tokens=int((len(ids) + len(sample)) * share),
+        disk_bytes=int((len(ids) * item + len(sample) * per_document) * share),
+        seconds=seconds * share / workers,
+    )
+
+
+def refuse_small_disk(output: Path, needed: int) -> None:
+    """Raise `UserError` when the disk of `output` will not hold `needed` bytes more."""
+    free = shutil.disk_usage(output).free
+    if free < needed:
+        raise UserError(
+            f"the disk of {output} has {free / 1e9:,.1f} GB free, the dataset needs about {needed / 1e9:,.1f} GB more; "
+            "make room or choose another --output"
+        )
+
+
+def training_texts(units: Sequence[Unit], rules: TextRules) -> list[str]:
+    """What a tokenizer is trained on: a bounded sample, the same for any order of work."""
+    pool, size = [], 0
+    for unit in sorted(units, key=lambda unit: xxhash.xxh3_64_intdigest(unit.name.encode())):
+        if size >= TRAINING_POOL_BYTES:
+            break
+        pool.append(unit)
+        size += unit.size
+    documents = (record.content for unit in pool for record in _readable(unit, rules) if isinstance(record, Document))
+    return [content.decode() for content in training_sample(documents, TRAINING_SAMPLE_BYTES)]
+
+
+def training_sample(contents: Iterable[bytes], limit: int) -> list[bytes]:
+    """The documents of lowest hash, up to `limit` bytes, in order of hash: the same for any order of `contents`."""
+    heap: list[tuple[int, bytes]] = []
+    total = 0
+    for content in contents:
+        heapq.heappush(heap, (-xxhash.xxh3_64_intdigest(content), content))
+        total += len(content)
+        while total > limit and len(heap) > 1:
+            total -= len(heapq.heappop(heap)[1])
+    return [content for _, content in sorted(heap, reverse=True)]

@@ -1,0 +1,158 @@
+"""Units run on every place to the same end, whoever dies on the way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from pipeline.data.executors import CutEnd, Failure, Outcome, Place, UnitRun
+from pipeline.data.plan import Unit
+from pipeline.data.unit import DamagedInputError, UnitReport
+from pipeline.errors import UserError
+
+UNITS = [Unit(number, ()) for number in range(12)]
+
+
+def report(unit: Unit) -> UnitReport:
+    return UnitReport(
+        unit=unit.number, part=unit.part, key="", shards={}, first_sources={}, documents=1, text_bytes=1, rows={},
+        drops={}, examples=(), noticed={}, quarantine=None, lowest_draw=0,
+    )  # fmt: skip
+
+
+def note(folder: Path, unit: Unit) -> int:
+    """Record that a unit was begun; how often it was before."""
+    path = folder / unit.name
+    before = path.stat().st_size if path.exists() else 0
+    with path.open("ab") as file:
+        file.write(b"x")
+    return before
+
+
+def killed_once(unit: Unit, *, folder: Path) -> UnitReport:
+    if note(folder, unit) == 0 and unit.number == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return report(unit)
+
+
+def killed_always(unit: Unit, *, folder: Path) -> UnitReport:
+    note(folder, unit)
+    if unit.number == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return report(unit)
+
+
+def damaged(unit: Unit, *, folder: Path) -> UnitReport:
+    note(folder, unit)
+    if unit.number in (3, 4):
+        raise DamagedInputError(f"unit {unit.number} is torn")
+    return report(unit)
+
+
+def hopeless(unit: Unit, *, folder: Path) -> UnitReport:
+    note(folder, unit)
+    raise UserError("wrong for every unit")
+
+
+def at_once(unit: Unit, *, folder: Path) -> UnitReport:
+    (folder / f"running-{unit.name}").touch()
+    time.sleep(0.02)
+    return report(unit)
+
+
+def run(
+    work: Callable[..., UnitReport],
+    folder: Path,
+    *,
+    workers: int,
+    units: list[Unit] = UNITS,
+    cut: Callable[[Unit], Iterator[Unit]] = lambda unit: iter(()),
+    done: Callable[[Unit], bool] = lambda unit: False,
+    done_with: Callable[[Unit], None] = lambda unit: None,
+) -> list[Outcome]:
+    place = Place(workers)
+    return list(
+        UnitRun(place, partial(work, folder=folder), cut=cut, skip=done, done_with=done_with).outcomes(units)
+    )
+
+
+def numbers(outcomes: list[Outcome]) -> list[int]:
+    return sorted(outcome.unit for outcome in outcomes if isinstance(outcome, UnitReport))
+
+
+def test_a_killed_worker_costs_its_unit_one_more_try(tmp_path: Path) -> None:
+    assert numbers(run(killed_once, tmp_path, workers=2)) == list(range(12))
+    tries = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    again = [name for name, count in tries.items() if count > 1]
+    assert "00005" in again
+    assert len(again) <= 2, "at most one unit a worker is done again"
+    assert max(tries.values()) == 2
+
+
+def test_a_unit_that_kills_its_worker_is_named_and_the_others_are_done(tmp_path: Path) -> None:
+    outcomes = run(killed_always, tmp_path, workers=2)
+    assert numbers(outcomes) == [number for number in range(12) if number != 5]
+    (failure,) = (outcome for outcome in outcomes if isinstance(outcome, Failure))
+    assert failure.unit.number == 5
+    assert "killed twice" in failure.reason
+    assert (tmp_path / "00005").stat().st_size == 2
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_damage_concerns_one_unit_other_errors_all(tmp_path: Path, workers: int) -> None:
+    outcomes = run(damaged, tmp_path, workers=workers)
+    failures = {outcome.unit.number: outcome.reason for outcome in outcomes if isinstance(outcome, Failure)}
+    assert failures == {3: "unit 3 is torn", 4: "unit 4 is torn"}
+    assert len(numbers(outcomes)) == 10
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UserError, match="wrong for every unit"):
+        run(hopeless, tmp_path / "other", workers=workers)
+    assert len(list((tmp_path / "other").iterdir())) <= 2 * workers + 1, "the rest was not begun"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_streams_are_cut_ahead_of_the_work_within_bounds(tmp_path: Path, workers: int) -> None:
+    parts, on_disk, highest = 30, set(), 0
+
+    def cut(unit: Unit) -> Iterator[Unit]:
+        nonlocal highest
+        for part in range(parts):
+            on_disk.add((unit.number, part))
+            highest = max(highest, len(on_disk))
+            yield Unit(unit.number, (), part=part)
+
+    streams = [Unit(0, (), stream=True), Unit(1, (), stream=True), Unit(2, ())]
+    outcomes = run(
+        at_once, tmp_path, workers=workers, units=streams, cut=cut,
+        done=lambda unit: unit.number == 1 and (unit.part or 0) < 7,
+        done_with=lambda unit: on_disk.discard((unit.number, unit.part or 0)),
+    )  # fmt: skip
+    assert sorted(end.parts for end in outcomes if isinstance(end, CutEnd)) == [parts, parts]
+    done = [(outcome.unit, outcome.part) for outcome in outcomes if isinstance(outcome, UnitReport)]
+    assert sorted(done, key=str) == sorted(
+        [(0, part) for part in range(parts)] + [(1, part) for part in range(7, parts)] + [(2, None)], key=str
+    )
+    assert not on_disk
+    assert highest <= 2 * workers + 1 + 2, "so many parts may wait, and each stream holds one more"
+
+
+def test_a_stream_that_breaks_fails_with_its_reason_and_a_full_disk_stops_all(tmp_path: Path) -> None:
+    def torn(unit: Unit) -> Iterator[Unit]:
+        yield Unit(unit.number, (), part=0)
+        raise UserError("truncated at 17")
+
+    outcomes = run(at_once, tmp_path, workers=1, units=[Unit(0, (), stream=True), Unit(1, ())], cut=torn)
+    assert [outcome.reason for outcome in outcomes if isinstance(outcome, Failure)] == ["truncated at 17"]
+    assert numbers(outcomes) == [0, 1]
+
+    def full(unit: Unit) -> Iterator[Unit]:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        run(at_once, tmp_path, workers=1, units=[Unit(0, (), stream=True)], cut=full)
