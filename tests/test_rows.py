@@ -18,17 +18,18 @@ from pipeline.data.rows import IGNORED, PADDING, Concat, Pack, Plan, Rows
 from pipeline.data.shards import DocumentInfo
 
 T = 8
+APART = 100_000
 LENGTHS = [1, 2, 3, T - 1, T, T + 1, T + 2, 2 * T, 2 * T + 1, 10 * T, 10 * T + 3]
 
 
 class ListedPart:
-    """Documents in memory: token i of document d of all parts is 1000 d + i, so that each tells where it is from."""
+    """Documents in memory: token i of document d of all parts is 100,000 d + i, so that each tells where it is from."""
 
     def __init__(self, lengths: Sequence[int], *, keep: Sequence[bool] | None, first: int) -> None:
         self.lengths = np.array(lengths, np.int32)
         self.keep = None if keep is None else np.array(keep, np.bool_)
         self.n_documents, self.n_tokens = len(lengths), sum(lengths)
-        ids = [np.arange(length) + 1000 * (first + number) for number, length in enumerate(lengths)]
+        ids = [np.arange(length) + APART * (first + number) for number, length in enumerate(lengths)]
         self.tokens: npt.NDArray[np.int32] = np.concatenate([*ids, np.zeros(0)]).astype(np.int32)
         self._starts = np.concatenate(([0], np.cumsum(self.lengths)))
 
@@ -49,7 +50,7 @@ def make_split(parts: Sequence[tuple[Sequence[int], Sequence[bool] | None]]) -> 
         listed.append(ListedPart(lengths, keep=keep, first=first))
         for number, length in enumerate(lengths):
             if keep is None or keep[number]:
-                documents.append([1000 * (first + number) + i for i in range(length)])
+                documents.append([APART * (first + number) + i for i in range(length)])
         first += len(lengths)
     return TokenSplit(listed, text_bytes=1, dtype=np.dtype(np.int32)), documents
 
@@ -217,15 +218,18 @@ def test_little_padding_on_lengths_as_they_occur() -> None:
         assert plan.targets / (plan.rows * context) > 0.99
 
 
-def test_long_rows_and_many_documents_of_one_length() -> None:
-    """Lengths beyond 2^16 need wider sort keys; one class with all documents is the worst case for numbering."""
-    split, documents = make_split([([600] * 50, None)])
-    plan = Pack(split, context_length=70_000, key=3)
-    assert plan.rows == 1
-    assert plan.targets == 50 * 599
-    found = [span.document for span in plan.spans(0, 0)]
-    assert sorted(found) == list(range(len(documents)))
-    assert found != sorted(found)
+@pytest.mark.parametrize(("context", "longest"), [(300, 2000), (2048, 8000), (70_000, 99_000)])
+def test_nothing_is_lost_at_real_sizes(context: int, longest: int) -> None:
+    """Lengths beyond one and two bytes: their sort keys are of the smallest type that holds them."""
+    generator = np.random.default_rng(6)
+    lengths = [*generator.integers(1, longest, size=60), *[600] * 20, 256, 512, 464, 66_000, 65_536 + 600]
+    split, documents = make_split([(lengths, None)])
+    plan = Pack(split, context_length=context, key=3)
+    rows = read_all(plan, 1)
+    taught = rows.labels != IGNORED
+    assert np.array_equal(rows.labels[taught], rows.tokens[taught] + 1)
+    expected = np.concatenate([document[:-1] for document in documents])
+    assert np.array_equal(np.sort(rows.tokens[taught]), np.sort(expected))
 
 
 @pytest.mark.parametrize("plan", [Concat, Pack])
