@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.data.corpus import Corpus, check_text_key, find_corpus, read_texts
-from pipeline.data.encoder import choose_backend
+from pipeline.data.encoder import Backend, choose_backend
 from pipeline.data.executors import CutEnd, Failure, UnitRun, open_place
 from pipeline.data.finish import manifest_of, no_documents, refuse_empty_split, too_many_bad, write_quarantine
 from pipeline.data.ledger import Entry, Ledger, LedgerHeader, StreamEnd, ledgers
@@ -45,6 +45,8 @@ from pipeline.files import fsync_folder
 from pipeline.locks import LOCK_NAME, locked, refuse_held
 
 DEFAULT_FRACTION, DEFAULT_TAIL_FRACTION = 0.005, 0.1
+SMALL_CORPUS_BYTES = 2 * 2**20
+"""Below this, `tokenizers` has done the work before another encoder is proven to do the same."""
 SPOOL_NAME = ".spool"
 EARLY_VERDICT_RECORDS = 10_000
 """Records after which a corpus may be found too bad before its end."""
@@ -76,12 +78,12 @@ def rehearse(request: Request, *, console: Console) -> None:
     rule = _split_rule(request, seen, corpus, console)
     size = sum(unit.size for unit in units)
     tokenizer = _make_tokenizer(replace(request, tokenizer="bytes") if _costly(request) else request, units)
-    backend, reason = choose_backend(tokenizer, seen.sample, asked=request.backend)
+    backend, reason = _backend(request, tokenizer, seen, units)
     expected = estimate(seen.sample, size, tokenizer=tokenizer, backend=backend, workers=request.workers)
     for line in (
         f"{len(corpus.sources):,} inputs, {len(units):,} units, about {size / 1e6:,.1f} MB of text",
         f"split: {rule.describe()}",
-        f"encoder: {backend} ({reason})",
+        f"encoder: {backend}" + (f" ({reason})" if reason else ""),
         f"tokens: at most {size:,}, known once {request.tokenizer} is made"
         if _costly(request)
         else f"tokens: about {expected.tokens:,}; disk: about {expected.disk_bytes / 1e6:,.1f} MB; "
@@ -135,8 +137,8 @@ class _Preparation:
             raise no_documents(seen.rejected, corpus)
         rule = _split_rule(request, seen, corpus, console)
         tokenizer = self._tokenizer()
-        backend, reason = choose_backend(tokenizer, seen.sample, asked=request.backend)
-        if backend == "tokenizers" and request.backend == "auto":
+        backend, reason = _backend(request, tokenizer, seen, self.units)
+        if backend == "tokenizers" and reason:
             console.print(f"note: encoding with `tokenizers`: {reason}", markup=False)
         self.settings = UnitSettings(
             output=self.output,
@@ -342,6 +344,13 @@ def _split_rule(request: Request, seen: Survey, corpus: Corpus, console: Console
     rule = SplitRule("tail", request.val_fraction or DEFAULT_TAIL_FRACTION, request.seed)
     console.print(f"note: fewer than {FEW_DOCUMENTS} documents ({seen.documents}): {rule.describe()}", markup=False)
     return rule
+
+
+def _backend(request: Request, tokenizer: TextTokenizer, seen: Survey, units: Sequence[Unit]) -> tuple[Backend, str]:
+    """What encodes, and why if that is worth saying. To prove gigatoken right takes a second."""
+    if request.backend == "auto" and sum(unit.size for unit in units) < SMALL_CORPUS_BYTES:
+        return "tokenizers", ""
+    return choose_backend(tokenizer, seen.sample, asked=request.backend)
 
 
 def _costly(request: Request) -> bool:
