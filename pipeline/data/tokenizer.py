@@ -1,15 +1,18 @@
 """Text to token ids and back: loading, training, identity.
 
-In: `gpt2`, a `tokenizer.json`, `train:N`, `chars` or `bytes`. Out: a `TextTokenizer`. Whatever the origin, it is
-one `tokenizers.Tokenizer` that its `tokenizer.json` describes completely; ids never depend on this file.
+In: a name on the hub, a `tokenizer.json`, a tiktoken rank file, `train:N`, `chars` or `bytes`. Out: a
+`TextTokenizer`. Whatever the origin, it is one `tokenizers.Tokenizer` that its `tokenizer.json` describes completely;
+ids never depend on this file.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -20,11 +23,14 @@ import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.decoders import DecodeStream
 
-from pipeline.data.manifest import TOKENIZER_NAME, canonical_json
+from pipeline.data.manifest import canonical_json
+from pipeline.data.tokenizer_files import RANK_SUFFIX, byte_symbols, hub_definition, read_definition
 from pipeline.errors import UserError, nearest
 from pipeline.files import write_durably
 
 EOS = "<|endoftext|>"
+TRAIN = "train:"
+UNKNOWN_NAMED = 10  # characters named when a vocabulary lacks them
 COMMON_EOS = (EOS, "</s>", "<eos>", "<|end_of_text|>", "<|eot_id|>", "<｜end▁of▁sentence｜>", "<EOS>", "[EOS]", "[SEP]")
 
 
@@ -33,19 +39,18 @@ class TextTokenizer:
     """An exact, frozen tokenizer: no truncation, no padding, special-token text in documents is plain text."""
 
     tokenizer: Tokenizer
-    definition: dict[str, Any]
-    """Content of its `tokenizer.json`."""
+    definition_json: bytes
+    """Its `tokenizer.json`. Not kept parsed: the lists and strings of a large vocabulary take ten times the memory."""
     eos_id: int
 
     @classmethod
     def from_file(cls, path: str | Path, *, eos: str | int | None = None) -> Self:
-        """Load a `tokenizer.json`, or a folder that holds one. `eos`: its token or id, default a common name."""
+        """Load a `tokenizer.json`, a folder that holds one, or a tiktoken rank file.
+
+        `eos`: the token that ends documents, or its id; by default one of the common names.
+        """
         file = Path(path).expanduser()
-        file = file / TOKENIZER_NAME if file.is_dir() else file
-        try:
-            return cls.from_definition(json.loads(file.read_bytes()), origin=str(file), eos=eos)
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise UserError(f"cannot read the tokenizer {file}: {error}; wanted a tokenizer.json") from None
+        return cls.from_definition(read_definition(file), origin=str(file), eos=eos)
 
     @classmethod
     def from_definition(cls, definition: dict[str, Any], *, origin: str, eos: str | int | None = None) -> Self:
@@ -54,11 +59,18 @@ class TextTokenizer:
             raise UserError(f"{origin} is not a tokenizer.json: it has no 'model'")
         definition = {**definition, "truncation": None, "padding": None}
         try:
-            tokenizer = Tokenizer.from_str(json.dumps(definition))
+            content = json.dumps(definition, ensure_ascii=False).encode()
+            tokenizer = Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises nothing narrower
             raise UserError(f"{origin} is not a tokenizer.json that `tokenizers` understands: {error}") from None
         tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a document is text, not an end
-        return cls(tokenizer=tokenizer, definition=definition, eos_id=_find_eos(tokenizer, eos, origin=origin))
+        return cls(tokenizer=tokenizer, definition_json=content, eos_id=_find_eos(tokenizer, eos, origin=origin))
+
+    @property
+    def definition(self) -> dict[str, Any]:
+        """Content of its `tokenizer.json`, parsed anew."""
+        definition: dict[str, Any] = json.loads(self.definition_json)
+        return definition
 
     @cached_property
     def vocab_size(self) -> int:
@@ -85,7 +97,7 @@ class TextTokenizer:
 
         Raises `UserError` for a character that a `chars` vocabulary lacks.
         """
-        if self._alphabet is not None:
+        if self.alphabet is not None:
             self._check_characters(texts)
         try:
             encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -107,31 +119,29 @@ class TextTokenizer:
 
     def save(self, path: Path) -> None:
         """Write the `tokenizer.json`; loading it again gives the same fingerprint."""
-        write_durably(path, json.dumps(self.definition, ensure_ascii=False).encode())
+        write_durably(path, self.definition_json)
 
     @cached_property
-    def _alphabet(self) -> frozenset[str] | None:
+    def alphabet(self) -> frozenset[str] | None:
         """All characters of a vocabulary of single characters; such a model drops others without a word."""
-        model = self.definition["model"]
+        definition = self.definition
+        model = definition["model"]
         silent = model.get("type") == "BPE" and not model.get("merges") and not model.get("byte_fallback")
-        if (
-            not silent
-            or model.get("unk_token") is not None
-            or "ByteLevel" in json.dumps(self.definition["pre_tokenizer"])
-        ):
+        if not silent or model.get("unk_token") is not None or "ByteLevel" in json.dumps(definition["pre_tokenizer"]):
             return None
         return frozenset(token for token in model["vocab"] if len(token) == 1)
 
     def _check_characters(self, texts: Sequence[str]) -> None:
-        assert self._alphabet is not None, "only vocabularies of characters have an alphabet"
-        for text in texts:
-            unknown = sorted(set(text) - self._alphabet)
-            if unknown:
-                raise UserError(
-                    f"character {unknown[0]!r} (U+{ord(unknown[0]):04X}) is not among the {len(self._alphabet)} "
-                    "characters of this vocabulary; leave it out, or prepare the data with text that holds it "
-                    "or with --tokenizer bytes"
-                )
+        assert self.alphabet is not None, "only vocabularies of characters have an alphabet"
+        unknown = sorted(set().union(*texts) - self.alphabet)
+        if unknown:
+            names = ", ".join(f"{character!r} (U+{ord(character):04X})" for character in unknown[:UNKNOWN_NAMED])
+            more = f" and {len(unknown) - UNKNOWN_NAMED} more" if len(unknown) > UNKNOWN_NAMED else ""
+            verb = "character {} is" if len(unknown) == 1 else "characters {} are"
+            raise UserError(
+                f"{verb.format(names + more)} not among the {len(self.alphabet)} characters of this vocabulary; "
+                "leave them out, or prepare the data with text that holds them or with --tokenizer bytes"
+            )
 
 
 class TextStream:
@@ -156,20 +166,51 @@ def load_tokenizer(name: str, *, texts: Iterable[str] = (), eos: str | None = No
         return TextTokenizer.from_definition(_byte_definition(), origin=name, eos=eos)
     if name == "chars":
         return TextTokenizer.from_definition(_character_definition(texts), origin=name, eos=eos)
-    if name.startswith("train:"):
-        return TextTokenizer.from_definition(_trained_definition(name, texts), origin=name, eos=eos)
-    path = Path(name).expanduser()
-    if path.exists() or path.suffix == ".json":
-        if not path.exists():
-            names = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
-            raise UserError(f"no tokenizer file {path}{nearest(path.name, names)}")
-        return TextTokenizer.from_file(path, eos=eos)
-    return TextTokenizer.from_definition(_hub_definition(name), origin=name, eos=eos)
+    if name.startswith(TRAIN):
+        return TextTokenizer.from_definition(_trained_definition(_trained_size(name), texts), origin=name, eos=eos)
+    if _is_file(name):
+        return TextTokenizer.from_file(name, eos=eos)
+    _check_hub_name(name)
+    return TextTokenizer.from_definition(hub_definition(name), origin=name, eos=eos)
+
+
+def check_tokenizer_name(name: str) -> None:
+    """Raise `UserError` for what is wrong with `--tokenizer NAME` in itself; neither corpus nor network are read."""
+    if name.startswith(TRAIN):
+        _trained_size(name)
+    elif name not in ("bytes", "chars"):
+        if _is_file(name):
+            read_definition(Path(name).expanduser())
+        else:
+            _check_hub_name(name)
 
 
 def needs_corpus(name: str) -> bool:
     """Whether `load_tokenizer(name)` reads texts."""
-    return name == "chars" or name.startswith("train:")
+    return name == "chars" or name.startswith(TRAIN)
+
+
+def _is_file(name: str) -> bool:
+    """Whether a name means a file, there or not: no name on the hub looks like these."""
+    path = Path(name).expanduser()
+    return path.exists() or path.suffix in (".json", ".model", RANK_SUFFIX) or name.startswith((".", "/", "~"))
+
+
+def _check_hub_name(name: str) -> None:
+    """What is no name of the hub (a name, or OWNER/NAME) or nearly a name of ours costs no request."""
+    known = ("bytes", "chars", "train")
+    word = re.split(r"[^a-z]", name.lower())[0]
+    alike = re.fullmatch(r"[A-Za-z]+\W*\d*", name)  # char, trian:500, train32000
+    ours = get_close_matches(word, known, n=1, cutoff=0.75) if alike else []
+    legal = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
+    if legal and not ours:
+        return
+    spelling = {"train": f"{TRAIN}N with a number of tokens, such as {TRAIN}32000"}
+    hint = f"did you mean {spelling.get(ours[0], ours[0])}? " if ours else ""
+    raise UserError(
+        f"unknown tokenizer {name!r}; {hint}wanted: chars, bytes, {TRAIN}N, the path of a tokenizer.json or of a rank "
+        f"file ENCODING{RANK_SUFFIX}, or a name on the Hugging Face hub such as gpt2"
+    )
 
 
 def _find_eos(tokenizer: Tokenizer, eos: str | int | None, *, origin: str) -> int:
@@ -190,21 +231,6 @@ def _find_eos(tokenizer: Tokenizer, eos: str | int | None, *, origin: str) -> in
     raise UserError(f"{origin} has no token known to end documents; choose one with --eos TOKEN ({candidates})")
 
 
-def _hub_definition(name: str) -> dict[str, Any]:
-    """The `tokenizer.json` of a model on the Hugging Face hub, or of its local cache."""
-    try:
-        definition: dict[str, Any] = json.loads(Tokenizer.from_pretrained(name).to_str())
-    except Exception as error:  # unknown name, no network, gated, not a fast tokenizer: many classes, one remedy
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(
-            f"cannot load the tokenizer {name!r} from the Hugging Face hub: {reason}\n"
-            "  check the spelling and the network (private and gated names need `hf auth login`), or use what needs "
-            "no network: --tokenizer PATH/tokenizer.json, train:N (a BPE of N tokens, trained on this corpus), "
-            "chars or bytes"
-        ) from None
-    return definition
-
-
 def _with_eos(tokenizer: Tokenizer) -> dict[str, Any]:
     tokenizer.add_special_tokens([EOS])
     definition: dict[str, Any] = json.loads(tokenizer.to_str())
@@ -218,23 +244,12 @@ def _lines() -> Any:
 
 def _byte_definition() -> dict[str, Any]:
     """Id = byte value, EOS = 256. A BPE without merges over the printable stand-ins of GPT-2 for bytes."""
-    vocabulary = {symbol: value for value, symbol in enumerate(_byte_symbols())}
+    vocabulary = {symbol: value for value, symbol in enumerate(byte_symbols())}
     tokenizer = Tokenizer(models.BPE(vocab={**vocabulary, EOS: 256}, merges=[]))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([_lines(), byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     return _with_eos(tokenizer)
-
-
-def _byte_symbols() -> Iterator[str]:
-    """GPT-2's printable character of each byte 0..255 (openai/gpt-2 `encoder.py`, bytes_to_unicode)."""
-    spare = 256
-    for value in range(256):
-        if 33 <= value <= 126 or 161 <= value <= 172 or 174 <= value <= 255:
-            yield chr(value)
-        else:
-            yield chr(spare)
-            spare += 1
 
 
 def _character_definition(texts: Iterable[str]) -> dict[str, Any]:
@@ -249,17 +264,20 @@ def _character_definition(texts: Iterable[str]) -> dict[str, Any]:
     return _with_eos(tokenizer)
 
 
-def _trained_definition(name: str, texts: Iterable[str]) -> dict[str, Any]:
-    """Byte-level BPE with GPT-2's word pattern: every byte is in its alphabet, so no text is unknown."""
-    size = name.removeprefix("train:")
-    smallest = 256 + 1
-    if not size.isdecimal() or int(size) < smallest:
+def _trained_size(name: str) -> int:
+    size, smallest = name.removeprefix(TRAIN), 256 + 1
+    if not (size.isascii() and size.isdecimal() and len(size) < 10) or int(size) < smallest:
         raise UserError(f"--tokenizer train:N wants a number of tokens of at least {smallest}, got {name!r}")
+    return int(size)
+
+
+def _trained_definition(size: int, texts: Iterable[str]) -> dict[str, Any]:
+    """Byte-level BPE with GPT-2's word pattern: every byte is in its alphabet, so no text is unknown."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=int(size),
+        vocab_size=size,
         special_tokens=[EOS],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,

@@ -1,0 +1,311 @@
+"""Fast encoding: the ids of `tokenizers` whoever encodes, long documents in parts, and differences are found."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+from pipeline.data import encoder as encoder_module
+from pipeline.data.cuts import WORD_PATTERNS, cut, divisible
+from pipeline.data.encoder import Encoder, EncoderMismatch, choose_backend
+from pipeline.data.nasty import NASTY, unicode_texts
+from pipeline.data.tokenizer import EOS, TextTokenizer, load_tokenizer
+from pipeline.errors import UserError
+
+CORPUS = ["the cat sat on the mat.\nThe dog/cat said: 'it's 2024'\n" * 20, "日本語 text\n\n  \n", *NASTY]
+TRAINED = load_tokenizer("train:400", texts=CORPUS)
+BYTES = load_tokenizer("bytes")
+CHARS = load_tokenizer("chars", texts=[*CORPUS, EOS])
+
+
+def with_pattern(pattern: str) -> TextTokenizer:
+    """A small byte-level BPE that cuts text into words by `pattern`."""
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([*CORPUS, ".\n/x.\n/y !\n\n /z  \n"], trainer=trainer)
+    return TextTokenizer.from_definition(json.loads(tokenizer.to_str()), origin="test")
+
+
+PATTERNED = {pattern: with_pattern(pattern) for pattern in sorted(WORD_PATTERNS)}
+
+
+def changed(tokenizer: TextTokenizer, **changes: Any) -> TextTokenizer:
+    return TextTokenizer.from_definition({**tokenizer.definition, **changes}, origin="test")
+
+
+def plainly(tokenizer: TextTokenizer, text: str) -> list[int]:
+    """Ids as `tokenizers` alone gives them."""
+    return list(tokenizer.tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def added(token_id: int, content: str, **flags: bool) -> dict[str, Any]:
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    return {"id": token_id, "content": content, **plain, **flags}
+
+
+ATOMS = [
+    *"\n\n\n\n\r\t/.' ab1é日!",
+    "'s",
+    "  ",
+    "\u3000",
+    "\xa0",
+    "\u2028",
+    "\x85",
+    "\x1c",
+    "e\u0301",
+    "\ufeff",
+    EOS,
+    "\U0001f600",
+]
+MESSY = st.lists(st.sampled_from(ATOMS), max_size=40).map("".join)
+
+
+ENCODERS = [
+    (tokenizer, Encoder(tokenizer, backend=backend))
+    for tokenizer in (TRAINED, BYTES)
+    for backend in ("gigatoken", "tokenizers")
+]
+
+
+@given(texts=st.lists(MESSY | st.text(st.characters(exclude_categories=["Cs"])), max_size=6))
+@settings(deadline=None, max_examples=60)
+def test_ids_are_those_of_tokenizers(texts: list[str]) -> None:
+    for tokenizer, encoder in ENCODERS:
+        ids, lengths = encoder.encode([text.encode() for text in texts])
+        assert (ids.dtype, lengths.dtype) == (np.uint32, np.int64)
+        assert [part.tolist() for part in np.split(ids, np.cumsum(lengths))][:-1] == [
+            plainly(tokenizer, text) for text in texts
+        ]
+        assert len(ids) == lengths.sum()
+
+
+@pytest.mark.parametrize("tokenizer", [TRAINED, BYTES, CHARS, *PATTERNED.values()])
+@given(text=MESSY)
+@settings(deadline=None, max_examples=150)
+def test_parts_encode_to_the_ids_of_the_whole(tokenizer: TextTokenizer, text: str) -> None:
+    assert divisible(tokenizer.definition)
+    parts = list(cut(text.encode(), 1))
+    assert b"".join(parts) == text.encode()
+    if tokenizer is CHARS:
+        text = "".join(c for c in text if c in CHARS.alphabet)  # type: ignore[operator]  # it has one
+        parts = list(cut(text.encode(), 1))
+    assert [i for part in parts for i in plainly(tokenizer, part.decode())] == plainly(tokenizer, text)
+
+
+def test_prose_of_any_script_is_cut_at_its_lines() -> None:
+    for line in ("A line.\n", "日本語の行。\n", "строка\n", "שלום\n", "line 1\n"):
+        assert [len(part) for part in cut(line.encode() * 30, 1)] == [len(line.encode())] * 30
+    assert [len(part) for part in cut(b"ab\n" * 100, 100)] == [102, 102, 96]
+    for whole in (
+        b"a\n\nb\n c \nd",
+        b"a.\n/b",
+        "a\n\u3000b\u3000\nc\n\u2003d\x85\ne".encode(),
+        b"a" * 100,
+        b"",
+        b"a\n",
+    ):
+        assert list(cut(whole, 1)) == [whole]
+
+
+def test_only_what_was_proven_is_cut() -> None:
+    words = TRAINED.definition["pre_tokenizer"]
+    assert not divisible({**TRAINED.definition, "normalizer": {"type": "NFC"}})
+    assert not divisible({**TRAINED.definition, "pre_tokenizer": {**words, "add_prefix_space": True}})
+    assert not divisible({**TRAINED.definition, "pre_tokenizer": {"type": "Metaspace"}})
+    assert not divisible({**TRAINED.definition, "pre_tokenizer": None})
+    assert not divisible(with_pattern(r"[^\n]+\n?[^\n]*|\n").definition)
+    for token in (added(400, "<t>", lstrip=True), added(400, "<t>", rstrip=True), added(400, "a\nb")):
+        assert not divisible({**TRAINED.definition, "added_tokens": [token]})
+    assert divisible({**TRAINED.definition, "added_tokens": [added(400, "<t>"), added(401, "a\n", special=True)]})
+
+
+def test_long_documents_go_to_tokenizers_in_bounded_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "The cat sat.\nit's 12\n\n  x\n/y\n" * 200
+    monkeypatch.setattr(encoder_module, "PIECE_BYTES", 100)
+    monkeypatch.setattr(encoder_module, "BATCH_BYTES", {"gigatoken": 500, "tokenizers": 500})
+    seen: list[int] = []
+    encode_batch = TextTokenizer.encode_batch
+
+    def spy(self: TextTokenizer, texts: list[str]) -> Any:
+        seen.append(sum(map(len, texts)))
+        return encode_batch(self, texts)
+
+    monkeypatch.setattr(TextTokenizer, "encode_batch", spy)
+    for tokenizer in (TRAINED, BYTES, CHARS):
+        ids, lengths = Encoder(tokenizer, backend="tokenizers").encode([b"cat", text.encode(), b"", text.encode()])
+        assert max(seen) <= 500
+        assert lengths.tolist() == [len(plainly(tokenizer, t)) for t in ("cat", text, "", text)]
+        assert ids[lengths[0] : lengths[:2].sum()].tolist() == plainly(tokenizer, text)
+
+
+def test_gigatoken_is_chosen_where_it_agrees() -> None:
+    sample = [text.encode() for text in CORPUS]
+    for tokenizer in (TRAINED, BYTES):
+        for asked in ("auto", "gigatoken"):
+            assert choose_backend(tokenizer, sample, asked=asked) == ("gigatoken", "gives the same ids as tokenizers")
+    assert choose_backend(TRAINED, sample, asked="tokenizers") == ("tokenizers", "asked for")
+    backend, reason = choose_backend(CHARS, sample)
+    assert backend == "tokenizers"
+    assert "vocabularies of characters" in reason
+    with pytest.raises(UserError, match=r"gigatoken cannot encode with this tokenizer: .*characters"):
+        choose_backend(CHARS, sample, asked="gigatoken")
+
+
+def test_added_tokens_and_templates_count_as_in_tokenizers() -> None:
+    post = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": EOS, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {EOS: {"id": EOS, "ids": [TRAINED.eos_id], "tokens": [EOS]}},
+    }
+    tokens = [*TRAINED.definition["added_tokens"], added(400, "<tool>"), added(401, "<end>", special=True)]
+    tokenizer = changed(TRAINED, added_tokens=tokens, post_processor=post)
+    assert choose_backend(tokenizer, [])[0] == "gigatoken"
+    text = f"a<tool>b<end>{EOS}"
+    ids, _ = Encoder(tokenizer, backend="gigatoken").encode([text.encode()])
+    assert 400 in ids
+    assert not {401, TRAINED.eos_id} & set(ids.tolist())
+    assert ids.tolist() == plainly(tokenizer, text)
+
+
+def test_gigatoken_is_refused_where_it_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole_words = changed(
+        TRAINED, added_tokens=[*TRAINED.definition["added_tokens"], added(400, "<t>", single_word=True)]
+    )
+    backend, reason = choose_backend(whole_words, [])
+    assert backend == "tokenizers"
+    assert "the ids of 'a<t>b' (5 bytes) differ from token 1 on: gigatoken [400" in reason
+    with pytest.raises(UserError, match="'a<t>b'"):
+        choose_backend(whole_words, [], asked="gigatoken")
+    backend, reason = choose_backend(changed(TRAINED, normalizer={"type": "Lowercase"}), [])
+    assert backend == "tokenizers"
+    assert "gigatoken fails: Unsupported normalizer" in reason
+    random_merges = changed(TRAINED, model={**TRAINED.definition["model"], "dropout": 0.5})
+    assert "dropout" in choose_backend(random_merges, [])[1]
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    assert "not installed" in choose_backend(TRAINED, [])[1]
+
+
+def break_gigatoken(monkeypatch: pytest.MonkeyPatch, fault: Callable[[bytes, Any], Any]) -> list[int]:
+    """Let what gigatoken gives pass through `fault`; returns a list that grows by each loading."""
+    loads: list[int] = []
+    load = encoder_module._load_gigatoken
+
+    def broken(definition: str) -> Callable[[bytes], Any]:
+        loads.append(1)
+        encode = load(definition)
+        return lambda content: fault(content, encode(content))
+
+    monkeypatch.setattr(encoder_module, "_load_gigatoken", broken)
+    return loads
+
+
+def panic(_: bytes, __: Any) -> Any:
+    raise type("PanicException", (BaseException,), {})("index out of bounds")
+
+
+def test_a_sample_of_the_corpus_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    break_gigatoken(monkeypatch, lambda content, ids: ids[:-1] if b"zebra" in content else ids)
+    assert choose_backend(TRAINED, [b"a horse"])[0] == "gigatoken"
+    backend, reason = choose_backend(TRAINED, [b"a horse", b"a zebra"])
+    assert backend == "tokenizers"
+    assert "the ids of 'a zebra' (7 bytes) differ" in reason
+
+
+def test_a_rare_character_that_differs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    break_gigatoken(monkeypatch, lambda content, ids: ids[:-1] if "\U00012f90".encode() in content else ids)
+    assert any("\U00012f90" in text for text in unicode_texts())  # first of a block newer than some tables
+    assert choose_backend(TRAINED, [])[0] == "tokenizers"
+
+
+@pytest.mark.parametrize("fault", [lambda content, ids: ids[:-1] if content == b"\n" else ids, panic])
+def test_each_process_checks_what_it_loads(monkeypatch: pytest.MonkeyPatch, fault: Callable[[bytes, Any], Any]) -> None:
+    break_gigatoken(monkeypatch, fault)
+    with pytest.raises(EncoderMismatch, match=r"differ from token 0|gigatoken fails: index out of bounds"):
+        Encoder(TRAINED, backend="gigatoken").encode([b"harmless"])
+
+
+def test_the_audit_takes_documents_by_their_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = [f"document number {number}".encode() for number in range(60_000)]
+    taken = {content for content in contents if xxhash.xxh3_64_intdigest(content) % 10_000 == 0}
+    assert 1 <= len(taken) <= 15
+    encoder = Encoder(TRAINED, backend="gigatoken")
+    encoder.encode(contents)
+    assert (encoder.audited, encoder.documents) == (len(taken), len(contents))
+    assert encoder.text_bytes == sum(map(len, contents))
+    victim = sorted(taken)[0]
+    break_gigatoken(monkeypatch, lambda content, ids: ids[::-1] if content == victim else ids)
+    Encoder(TRAINED, backend="gigatoken").encode([content for content in contents[:500] if content not in taken])
+    with pytest.raises(EncoderMismatch, match=f"{victim.decode()!r}.*differ from token 0"):
+        Encoder(TRAINED, backend="gigatoken").encode(contents)
+
+
+def test_only_short_pieces_are_audited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder_module, "AUDIT_ONE_IN", 1)
+    monkeypatch.setattr(encoder_module, "AUDIT_BYTES", 1000)
+    monkeypatch.setattr(encoder_module, "PIECE_BYTES", 500)
+    encoder = Encoder(TRAINED, backend="gigatoken")
+    encoder.encode([b"x" * 1001, b"y" * 1000, b"a line\n" * 100])  # too long; long enough; two parts
+    assert encoder.audited == 3
+
+
+def test_loading_anew_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = [text.encode() * 50 for text in CORPUS]
+    once, _ = Encoder(TRAINED, backend="gigatoken").encode(contents)
+    for name, value in (("RELOAD_BYTES", 1000), ("CACHE_BYTES", -(2**40))):
+        with monkeypatch.context() as patch:
+            loads = break_gigatoken(patch, lambda _, ids: ids)
+            patch.setattr(encoder_module, name, value)
+            patch.setattr(encoder_module, "BATCH_BYTES", {"gigatoken": 1000})
+            often, _ = Encoder(TRAINED, backend="gigatoken").encode(contents)
+            assert len(loads) > 5
+            assert np.array_equal(once, often)
+
+
+def test_documents_with_more_tokens_than_bytes_have_room() -> None:
+    tokenizer = changed(BYTES, normalizer={"type": "Replace", "pattern": {"String": "a"}, "content": "bcdef"})
+    ids, lengths = Encoder(tokenizer, backend="tokenizers").encode([b"a" * 100, b"x", b"aa"])
+    assert bytes(ids.tolist()) == b"bcdef" * 100 + b"x" + b"bcdef" * 2
+    assert lengths.tolist() == [500, 1, 10]
+
+
+def test_unknown_characters_are_all_named() -> None:
+    tokenizer = load_tokenizer("chars", texts=["abc\n"])
+    encoder = Encoder(tokenizer, backend="tokenizers")
+    with pytest.raises(UserError, match=r"characters '\?' \(U\+003F\), 'é' \(U\+00E9\) are not among the 4"):
+        encoder.encode([b"abc", "é".encode(), b"?"])
+    with pytest.raises(UserError, match=r"'0' .*'9' \(U\+0039\) and 3 more are not"):
+        tokenizer.encode("0123456789xyz")
+
+
+def test_special_text_is_counted_by_document() -> None:
+    tokens = [*TRAINED.definition["added_tokens"], added(401, "[PAD]", special=True), added(402, "<tool>")]
+    encoder = Encoder(changed(TRAINED, added_tokens=tokens), backend="tokenizers")
+    yes = [EOS.encode(), b"a" + EOS.encode() * 2, b"x[PAD]"]
+    assert encoder.special_text([*yes, b"", b"<|", b"<|endoftext", b"[PADD", b"<tool>", b"plain"]) == 3
+
+
+def test_the_unknown_token_is_known() -> None:
+    assert Encoder(TRAINED, backend="tokenizers").unknown_id is None
+    words = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1, EOS: 2}, unk_token="[UNK]"))  # noqa: S106 - a token of text
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.add_special_tokens([EOS])
+    encoder = Encoder(TextTokenizer.from_definition(json.loads(words.to_str()), origin="w"), backend="tokenizers")
+    assert encoder.unknown_id == 1
+    assert encoder.encode([b"a b a"])[0].tolist() == [0, 1, 0]
+    pieces = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0), (EOS, -9.0)], unk_id=0))
+    unigram = TextTokenizer.from_definition(json.loads(pieces.to_str()), origin="u")
+    assert Encoder(unigram, backend="tokenizers").unknown_id == 0
