@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import struct
 from pathlib import Path
 
@@ -11,57 +10,20 @@ import numpy.typing as npt
 import pytest
 import xxhash
 
-from pipeline.data.audit import inspect, verify
+from pipeline.data.audit import verify
 from pipeline.data.dataset import Dataset, open_dataset
-from pipeline.data.manifest import InputInfo, Manifest, ShardInfo, SplitName, data_digest, write_manifest
 from pipeline.data.shards import DOCUMENT_DTYPE, ShardWriter
-from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import UserError
+from tests.prepared import damage, edit_manifest, write_dataset, write_shard
 
 SHARDS = [["one", "two words", "三"], ["x" * 300], ["", "last"]]
 DOCUMENTS = [text for texts in SHARDS for text in texts]
-TOKENIZER = load_tokenizer("bytes")
-
-
-def write_shard(folder: Path, name: str, texts: list[str], *, vocab_size: int = 257) -> ShardInfo:
-    with ShardWriter(folder, name, vocab_size=vocab_size) as writer:
-        for row, text in enumerate(texts):
-            ids = np.array([*text.encode(), 256])
-            digest = xxhash.xxh3_128_intdigest(text.encode())
-            record = (len(text.encode()), 0, row, (digest & (2**64 - 1), digest >> 64))
-            writer.append(ids, lengths=np.array([len(ids)]), documents=np.array([record], DOCUMENT_DTYPE))
-        shard = writer.commit()
-    assert shard is not None
-    return shard
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A dataset of three train shards and one val shard in bytes."""
-    path = tmp_path / "dataset"
-    path.mkdir()
-    TOKENIZER.save(path / "tokenizer.json")
-    splits: dict[SplitName, tuple[ShardInfo, ...]] = {
-        "train": tuple(write_shard(path, f"train-{n:05d}", texts) for n, texts in enumerate(SHARDS)),
-        "val": (write_shard(path, "val-00001", ["held out"]),),
-    }
-    manifest = Manifest(
-        format_version=2,
-        dtype="uint16",
-        vocab_size=257,
-        eos_id=256,
-        tokenizer_fingerprint=TOKENIZER.fingerprint,
-        data_digest=data_digest(splits, tokenizer_fingerprint=TOKENIZER.fingerprint, dtype="uint16"),
-        split_rule="by hand",
-        splits=splits,
-        records=7,
-        drops={},
-        noticed={},
-        settings={},
-        inputs=(InputInfo(name="by hand", kind="text", size=1, fingerprint="1"),),
-    )
-    write_manifest(path, manifest)
-    return path
+    return write_dataset(tmp_path / "dataset", {"train": SHARDS, "val": [["held out"]]})
 
 
 def stream_of(texts: list[str]) -> list[int]:
@@ -145,7 +107,7 @@ def test_views_are_not_copies(folder: Path) -> None:
 def test_documents_are_described(folder: Path) -> None:
     split = open_dataset(folder).split("train")
     found = [split.describe(number) for number in range(split.n_documents)]
-    assert [info.row for info in found] == [0, 1, 2, 0, 0, 1]
+    assert [info.row for info in found] == [0, 1, 2, 3, 4, 5]
     assert [info.tokens for info in found] == [len(text.encode()) + 1 for text in DOCUMENTS]
     assert {info.source for info in found} == {"by hand"}
 
@@ -160,7 +122,7 @@ def test_ranges_outside_the_split_are_refused(folder: Path) -> None:
 
 
 def test_an_empty_split_and_an_empty_file_are_read(folder: Path) -> None:
-    edit(folder, lambda values: values["splits"].update(val=[]))
+    edit_manifest(folder, lambda values: values["splits"].update(val=[]))
     val = open_dataset(folder).split("val")
     assert (val.n_tokens, val.n_documents, val.text_bytes) == (0, 0, 0)
     assert len(val.tokens(0, 0)) == len(val.document_of(0, 0)) == 0
@@ -184,13 +146,6 @@ def test_reading_changes_nothing(folder: Path) -> None:
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
-def edit(folder: Path, change: object) -> None:
-    assert callable(change), "an edit is a function of the manifest's values"
-    values = json.loads((folder / "manifest.json").read_text())
-    change(values)
-    (folder / "manifest.json").write_text(json.dumps(values))
-
-
 def test_what_is_no_dataset_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match=r"no dataset folder .*datasset; did you mean 'dataset'"):
         open_dataset(folder.parent / "datasset")
@@ -199,10 +154,10 @@ def test_what_is_no_dataset_is_refused(folder: Path) -> None:
 
 
 def test_a_foreign_or_damaged_manifest_is_refused(folder: Path) -> None:
-    edit(folder, lambda values: values.update(vocab_size="many"))
+    edit_manifest(folder, lambda values: values.update(vocab_size="many"))
     with pytest.raises(UserError, match=r"manifest.json is damaged at 'vocab_size'"):
         open_dataset(folder)
-    edit(folder, lambda values: values.update(format_version=99))
+    edit_manifest(folder, lambda values: values.update(format_version=99))
     with pytest.raises(UserError, match="format version 99 found, this program reads 2"):
         open_dataset(folder)
     (folder / "manifest.json").write_text("[]")
@@ -227,56 +182,3 @@ def test_a_bad_index_header_is_refused(folder: Path, offset: int) -> None:
     damage(folder / "train-00000.idx", offset)
     with pytest.raises(UserError, match=r"train-00000.idx: bad header"):
         open_dataset(folder)
-
-
-def damage(path: Path, offset: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[offset] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    ("name", "offset", "message"),
-    [
-        ("train-00001.bin", 40, "train-00001.bin: expected checksum"),
-        ("val-00001.bin", 17, "val-00001.bin: in tokens 0 to 9 EOS is not just at document ends"),
-        ("train-00000.idx", 40, "train-00000.idx: documents do not lie end to end"),
-        ("train-00002.docs.npy", 140, "train-00002.docs.npy: expected checksum"),
-        ("tokenizer.json", 20, "tokenizer"),
-    ],
-)
-def test_verify_finds_flipped_bits(folder: Path, name: str, offset: int, message: str) -> None:
-    assert verify(folder).endswith(f"is whole: 7 documents, digest {open_dataset(folder).data_digest[:16]}")
-    damage(folder / name, offset)
-    with pytest.raises(UserError, match=message):
-        verify(folder)
-
-
-def test_verify_finds_ids_outside_the_vocabulary_and_early_ends(folder: Path) -> None:
-    ids = np.fromfile(folder / "train-00001.bin", "<u2")
-    ids[3], ids[7] = 256, 999
-    ids.tofile(folder / "train-00001.bin")
-    with pytest.raises(UserError, match=r"(?s)id 999 is outside the vocabulary of 257.*EOS is not just at"):
-        verify(folder)
-
-
-def test_verify_finds_text_that_does_not_come_back(folder: Path) -> None:
-    ids = np.fromfile(folder / "train-00000.bin", "<u2")
-    ids[len("one") + 1 + len("two words") + 1] = 0xFF  # the first byte of a character becomes one that begins none
-    ids.tofile(folder / "train-00000.bin")
-    with pytest.raises(UserError, match="train-00000, document 2: decodes to another text"):
-        verify(folder)
-
-
-def test_verify_finds_a_manifest_of_other_data(folder: Path) -> None:
-    edit(folder, lambda values: values.update(data_digest="0" * 64))
-    with pytest.raises(UserError, match="expected data digest 0000"):
-        verify(folder)
-
-
-def test_inspect_shows_counts_and_texts(folder: Path) -> None:
-    shown = inspect(folder)
-    assert "train: 6 documents" in shown
-    assert "val: 1 documents, 9 tokens, 8 bytes of text" in shown
-    assert "'held out'" in shown
-    assert "256-511: 1" in shown

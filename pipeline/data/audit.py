@@ -5,14 +5,17 @@ In: a dataset folder. Out: a description, or the verdict on its checksums, bound
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
-from pipeline.data.dataset import TokenSplit, open_dataset, open_shards
-from pipeline.data.manifest import TOKENIZER_NAME, Manifest, SplitName, data_digest, read_manifest
+from pipeline.data.corpus import find_corpus
+from pipeline.data.dataset import TokenSplit, open_dataset
+from pipeline.data.deletion import REASONS, counts, kept_by_reasons, open_shard
+from pipeline.data.manifest import TOKENIZER_NAME, Counts, Manifest, SplitName, data_digest, read_manifest
 from pipeline.data.shards import Shard
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError
@@ -21,28 +24,60 @@ _BLOCK = 2**24
 _SAMPLED_DOCUMENTS = 20
 _SAMPLED_TOKENS = 100_000
 """Longer documents are not decoded in the sample."""
+_SHOWN_DOCUMENTS, _SEED = 3, 0
+"""Which documents are shown is drawn, but always in the same way."""
 
 
 def verify(path: str | Path) -> str:
     """Check every byte of a dataset and return a line that says so.
 
-    Checksums, document boundaries, ids below the vocabulary's size, exactly one EOS in a document, at its end,
-    and the text of a sample of documents. Raises `UserError` that lists all findings.
+    Checksums, document boundaries, ids below the vocabulary's size, exactly one EOS in a document, at its end, the
+    order of documents, what bitmaps delete, the text of a sample of documents; and that inputs which are still there
+    are what they were. Raises `UserError` that lists all findings.
     """
     open_dataset(path)  # refuses what cannot be opened at all
     folder = Path(path).expanduser()
     manifest = read_manifest(folder)
     tokenizer = TextTokenizer.from_file(folder / TOKENIZER_NAME, eos=manifest.eos_id)
     findings = list(_check_identity(manifest, tokenizer))
-    documents = 0
-    for shards in open_shards(folder, manifest).values():
-        for shard in shards:
+    for infos in manifest.splits.values():
+        last = (0, 0)
+        for info in infos:
+            shard = open_shard(folder, info, dtype=manifest.dtype)
             findings += _check_files(shard)
-            findings += _check_boundaries(shard) or [*_check_ids(shard, manifest), *_check_texts(shard, tokenizer)]
-            documents += shard.info.documents
-    if findings:
-        raise UserError(f"{path} is damaged:\n" + "\n".join(f"  {line}" for line in findings))
-    return f"{path} is whole: {documents:,} documents, digest {manifest.data_digest[:16]}"
+            faults = _check_boundaries(shard)
+            if not faults:
+                faults, last = _check_order(shard, last, inputs=len(manifest.inputs))
+                faults += [*_check_bitmaps(shard), *_check_ids(shard, manifest), *_check_texts(shard, tokenizer)]
+            findings += faults
+    changed, gone = _check_inputs(manifest)
+    if findings or changed:
+        state = "is damaged" if findings else "is whole, but not made of what its inputs are now"
+        raise UserError("\n  ".join([f"{path} {state}:", *findings, *changed]))
+    note = f"\nnote: {gone} of {len(manifest.inputs)} inputs are not here to be compared" if gone else ""
+    documents = sum(info.documents for infos in manifest.splits.values() for info in infos)
+    return f"{path} is whole: {documents:,} documents, digest {manifest.data_digest[:16]}{note}"
+
+
+def _check_inputs(manifest: Manifest) -> tuple[list[str], int]:
+    """What inputs on disk are no longer what was prepared, and how many are not there, which is no fault."""
+    changed, gone = [], 0
+    for source in manifest.inputs:
+        if not Path(source.name).exists():
+            gone += 1
+            continue
+        try:
+            found = [(now.size, now.fingerprint) for now in find_corpus([source.name]).sources]
+        except UserError as error:
+            changed.append(f"{source.name}: an input changed since: {error}")
+            continue
+        if found != [(source.size, source.fingerprint)]:
+            now = ", ".join(f"{size} bytes, fingerprint {fingerprint}" for size, fingerprint in found)
+            changed.append(
+                f"{source.name}: an input changed since: expected {source.size} bytes, fingerprint "
+                f"{source.fingerprint}, found {now}; prepare again to take it in"
+            )
+    return changed, gone
 
 
 def _check_identity(manifest: Manifest, tokenizer: TextTokenizer) -> Iterator[str]:
@@ -78,6 +113,36 @@ def _check_boundaries(shard: Shard) -> list[str]:
     return []
 
 
+def _check_order(shard: Shard, last: tuple[int, int], *, inputs: int) -> tuple[list[str], tuple[int, int]]:
+    """Documents stand in the order of the inputs and their rows, after `last`; also returns the last (input, row)."""
+    sources = shard.documents["source"].astype(np.int64)
+    rows = shard.documents["row"] + np.where(sources == sources[0], shard.info.continues, 0)
+    before = [np.concatenate(([start], part[:-1])) for start, part in zip(last, (sources, rows), strict=True)]
+    back = np.flatnonzero((sources < before[0]) | ((sources == before[0]) & (rows < before[1])))
+    faults = []
+    if len(back):
+        place = int(back[0])
+        faults.append(
+            f"{shard.info.name}, document {place}: input {sources[place]}, row {rows[place]} stands after input "
+            f"{before[0][place]}, row {before[1][place]}"
+        )
+    if int(sources.max()) >= inputs:
+        faults.append(f"{shard.info.name}.docs.npy: input {int(sources.max())} named, the manifest has {inputs}")
+    return faults, (int(sources[-1]), int(rows[-1]))
+
+
+def _check_bitmaps(shard: Shard) -> Iterator[str]:
+    """`keep` is what all reasons to delete leave, and `deleted` says how much that is not."""
+    keep = shard.keep if shard.keep is not None else np.ones(shard.n_documents, np.bool_)
+    wrong = int((keep != kept_by_reasons(shard)).sum())
+    if wrong:
+        yield f"{shard.info.name}: {wrong} documents are kept or deleted against what {' and '.join(REASONS)} say"
+    found = counts(shard, ~keep)
+    if found != shard.info.deleted:
+        expected = shard.info.deleted.model_dump()
+        yield f"{shard.info.name}: expected as deleted {expected}, the bitmap deletes {found.model_dump()}"
+
+
 def _check_ids(shard: Shard, manifest: Manifest) -> Iterator[str]:
     ends = np.cumsum(shard.lengths, dtype=np.int64) - 1
     for start in range(0, len(shard.tokens), _BLOCK):
@@ -106,7 +171,7 @@ def _check_texts(shard: Shard, tokenizer: TextTokenizer) -> Iterator[str]:
 
 
 def inspect(path: str | Path) -> str:
-    """Describe a dataset: counts, lengths of documents, the beginning of some."""
+    """Describe a dataset: counts, what was dropped, noticed and deleted, lengths of documents, how some begin."""
     dataset, manifest = open_dataset(path), read_manifest(Path(path).expanduser())
     tokenizer = TextTokenizer.from_file(dataset.path / TOKENIZER_NAME, eos=dataset.eos_id)
     lines = [
@@ -114,23 +179,63 @@ def inspect(path: str | Path) -> str:
         f"digest {dataset.data_digest}",
         f"tokenizer {dataset.tokenizer_fingerprint}",
         f"split: {manifest.split_rule}",
-        f"records: {manifest.records:,}, dropped: {manifest.drops or 'none'}",
+        f"records: {manifest.records:,}, dropped: {_listed(manifest.drops)}",
+        f"noticed: {_listed(manifest.noticed)}",
+        *(f"failed: {failure.unit}: {failure.reason}" for failure in manifest.failed),
+        *_describe_deletions(manifest),
         f"inputs: {', '.join(source.name for source in manifest.inputs[:5])}"
         + (f" and {len(manifest.inputs) - 5} more" if len(manifest.inputs) > 5 else ""),
         *(f"  {key}: {value}" for key, value in manifest.settings.items()),
     ]
     for split in manifest.splits:
-        lines += _describe_split(split, dataset.split(split), tokenizer)
+        lines += _describe_split(split, dataset.split(split), manifest, tokenizer)
     return "\n".join(lines)
 
 
-def _describe_split(name: SplitName, split: TokenSplit, tokenizer: TextTokenizer) -> list[str]:
-    lines = [f"{name}: {split.n_documents:,} documents, {split.n_tokens:,} tokens, {split.text_bytes:,} bytes of text"]
+def _listed(numbers: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} x {what}" for what, count in numbers.items()) or "none"
+
+
+def _describe_deletions(manifest: Manifest) -> Iterator[str]:
+    """What was deleted as duplicate and found contaminated."""
+    duplicates, contamination = manifest.deduplication, manifest.contamination
+    if duplicates is None:
+        yield "duplicates: not looked for"
+    else:
+        yield f"duplicates deleted: {_amount(duplicates.exact)} equal to another"
+        if duplicates.method == "near":
+            yield f"  and {_amount(duplicates.near)} of Jaccard similarity {duplicates.threshold} or more"
+    if contamination is None:
+        yield "contamination: not looked for"
+        return
+    yield (
+        f"contamination: {contamination.documents:,} training documents share {contamination.ngram} words in a row "
+        f"with an evaluation file, {'deleted' if contamination.deleted else 'kept'}"
+    )
+    yield from (f"  {name}: {documents:,}" for name, documents in contamination.files.items())
+
+
+def _amount(amount: Counts) -> str:
+    return f"{amount.documents:,} documents ({amount.tokens:,} tokens, {amount.text_bytes:,} bytes)"
+
+
+def _describe_split(name: SplitName, split: TokenSplit, manifest: Manifest, tokenizer: TextTokenizer) -> list[str]:
+    shards = manifest.splits[name]
+    lines = [
+        f"{name}: {split.n_documents:,} documents, {split.n_tokens:,} tokens, {split.text_bytes:,} bytes of text",
+        f"  shards: {len(shards)}, of which {sum(info.continues > 0 for info in shards)} continue an input",
+    ]
+    if any(info.deleted.documents for info in shards):
+        deleted = [
+            sum(numbers) for numbers in zip(*(info.deleted.model_dump().values() for info in shards), strict=True)
+        ]
+        lines.append("  without " + _amount(Counts(documents=deleted[0], tokens=deleted[1], text_bytes=deleted[2])))
     if not split.n_documents:
         return lines
     lines.append("  tokens a document: " + _histogram(split.lengths))
     starts = np.cumsum(split.lengths, dtype=np.int64) - split.lengths
-    for number in sorted({0, split.n_documents // 2, split.n_documents - 1}):
+    count = min(_SHOWN_DOCUMENTS, split.n_documents)
+    for number in sorted(random.Random(_SEED).sample(range(split.n_documents), count)):
         start, info = int(starts[number]), split.describe(number)
         text = tokenizer.decode(split.tokens(start, start + min(info.tokens - 1, 40)).tolist())
         lines.append(f"  document {number} ({info.source}, row {info.row}, {info.tokens:,} tokens): {text!r}")

@@ -13,7 +13,7 @@ documents, each like the next, the first stays. Pairs worth comparing share one 
 document shorter than an n-gram is compared for equality only.
 
 The result depends on nothing but content and order, in particular not on the executor. Memory, all in the calling
-process: about 60 bytes a document (of which 16 are its hash) and 1 GiB.
+process: about 100 bytes a document (of which 16 are its hash) and 1 GiB.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class _Documents:
     """The documents of a dataset, deleted ones too, numbered from 0: those of validation, then those of training."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.folder, self._manifest = folder, manifest
+        self.folder, self._dtype = folder, manifest.dtype
         val, train = manifest.splits.get("val", ()), manifest.splits.get("train", ())
         self.infos = (*val, *train)
         self.n_val = sum(info.documents for info in val)
@@ -121,7 +121,7 @@ class _Documents:
 
     def shards(self) -> Iterator[Shard]:
         """Shards in order, each as if never opened."""
-        return (open_shard(self.folder, self._manifest, info) for info in self.infos)
+        return (open_shard(self.folder, info, dtype=self._dtype) for info in self.infos)
 
     def hashes(self) -> Words:
         """(documents, 2) halves of the hashes of the texts."""

@@ -59,7 +59,9 @@ def delete_documents(
     for split, old in manifest.splits.items():
         infos = []
         for info in old:
-            changed_info, bitmaps = _with_bitmaps(open_shard(folder, manifest, info), reason, deleted.get(info.name))
+            changed_info, bitmaps = _with_bitmaps(
+                open_shard(folder, info, dtype=manifest.dtype), reason, deleted.get(info.name)
+            )
             infos.append(changed_info)
             contents |= bitmaps
         if infos and all(info.documents == info.deleted.documents for info in infos):
@@ -78,9 +80,9 @@ def delete_documents(
     return changed
 
 
-def open_shard(folder: Path, manifest: Manifest, info: ShardInfo) -> Shard:
+def open_shard(folder: Path, info: ShardInfo, *, dtype: str) -> Shard:
     """One shard, for work that touches one after the other: what it maps is let go of with it. It knows no sources."""
-    return Shard(folder, info, dtype=np.dtype(manifest.dtype).newbyteorder("<"), inputs=())
+    return Shard(folder, info, dtype=np.dtype(dtype).newbyteorder("<"), inputs=())
 
 
 def counts(shard: Shard, chosen: Bits) -> Counts:

@@ -1,0 +1,260 @@
+"""Whatever is changed in a dataset, in its bitmaps or its inputs, `verify` names it; `inspect` tells what is there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+from rich.console import Console
+
+from pipeline.data.audit import inspect, verify
+from pipeline.data.corpus import find_corpus
+from pipeline.data.dataset import open_dataset
+from pipeline.data.dedup import deduplicate
+from pipeline.data.deletion import delete_documents
+from pipeline.data.manifest import Contamination, read_manifest
+from pipeline.errors import UserError
+from tests.prepared import damage, edit_manifest, write_dataset
+
+SHARDS = [["one", "two words", "三"], ["x" * 300], ["", "last", "one"]]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A dataset of three train shards, two equal documents among them, and one val shard, in bytes."""
+    return write_dataset(tmp_path / "dataset", {"train": SHARDS, "val": [["held out"]]})
+
+
+@pytest.fixture
+def deleted(folder: Path) -> Path:
+    """The same without the second of equals and without `two words`, which an evaluation file holds."""
+    deduplicate(folder, method="exact", executor=None, console=Console(quiet=True))
+    record = Contamination(ngram=13, files={"quiz.jsonl": 1}, documents=1, deleted=True)
+    chosen = {"train-00000": np.array([False, True, False])}
+    delete_documents(
+        folder, read_manifest(folder), reason="contaminated", deleted=chosen, record={"contamination": record}
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "offset", "message"),
+    [
+        ("train-00001.bin", 40, "train-00001.bin: expected checksum"),
+        ("val-00000.bin", 17, "val-00000.bin: in tokens 0 to 9 EOS is not just at document ends"),
+        ("train-00000.idx", 40, "train-00000.idx: documents do not lie end to end"),
+        ("train-00002.docs.npy", 140, "train-00002.docs.npy: expected checksum"),
+        ("tokenizer.json", 20, "tokenizer"),
+    ],
+)
+def test_verify_finds_flipped_bits(folder: Path, name: str, offset: int, message: str) -> None:
+    digest = open_dataset(folder).data_digest[:16]
+    assert f"is whole: 8 documents, digest {digest}\n" in verify(folder)
+    damage(folder / name, offset)
+    with pytest.raises(UserError, match=message):
+        verify(folder)
+
+
+def test_verify_finds_ids_outside_the_vocabulary_and_early_ends(folder: Path) -> None:
+    ids = np.fromfile(folder / "train-00001.bin", "<u2")
+    ids[3], ids[7] = 256, 999
+    ids.tofile(folder / "train-00001.bin")
+    with pytest.raises(UserError, match=r"(?s)id 999 is outside the vocabulary of 257.*EOS is not just at"):
+        verify(folder)
+
+
+def test_verify_finds_text_that_does_not_come_back(folder: Path) -> None:
+    ids = np.fromfile(folder / "train-00000.bin", "<u2")
+    ids[len("one") + 1 + len("two words") + 1] = 0xFF  # the first byte of a character becomes one that begins none
+    ids.tofile(folder / "train-00000.bin")
+    with pytest.raises(UserError, match="train-00000, document 2: decodes to another text"):
+        verify(folder)
+
+
+def test_verify_finds_a_manifest_of_other_data(folder: Path) -> None:
+    edit_manifest(folder, lambda values: values.update(data_digest="0" * 64))
+    with pytest.raises(UserError, match="expected data digest 0000"):
+        verify(folder)
+
+
+# the order of documents
+
+
+def test_verify_finds_documents_out_of_order(folder: Path) -> None:
+    edit_manifest(folder, lambda values: values["splits"]["train"][1].update(continues=1))
+    with pytest.raises(UserError, match="train-00001, document 0: input 0, row 1 stands after input 0, row 2"):
+        verify(folder)
+
+
+def test_verify_finds_shards_in_another_order(folder: Path) -> None:
+    edit_manifest(folder, lambda values: values["splits"]["train"].reverse())
+    with pytest.raises(UserError, match="train-00000, document 0: input 0, row 0 stands after input 0, row 3"):
+        verify(folder)
+
+
+def test_verify_finds_inputs_that_the_manifest_lacks(folder: Path) -> None:
+    edit_manifest(folder, lambda values: values.update(inputs=[]))
+    with pytest.raises(UserError, match=r"train-00000\.docs\.npy: input 0 named, the manifest has 0"):
+        verify(folder)
+
+
+# bitmaps
+
+
+def bitmap(folder: Path, name: str) -> Path:
+    (path,) = folder.glob(f"{name}-*.npy")
+    return path
+
+
+@pytest.mark.parametrize("name", ["train-00002.keep", "train-00002.duplicates", "train-00000.contaminated"])
+def test_verify_finds_flipped_bits_in_bitmaps(deleted: Path, name: str) -> None:
+    assert "is whole: 8 documents" in verify(deleted)
+    path = bitmap(deleted, name)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 0x80
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{path.name}: expected checksum"):
+        verify(deleted)
+
+
+def replace_bitmap(folder: Path, name: str, content: bytes) -> None:
+    """Another content under the same name, and a manifest that vouches for it."""
+    path = bitmap(folder, name)
+    path.write_bytes(content)
+    entry = {"size": len(content), "checksum": xxhash.xxh3_128_hexdigest(content)}
+    shard = int(name[6:11])
+    edit_manifest(folder, lambda values: values["splits"]["train"][shard]["files"].update({path.name: entry}))
+
+
+def test_verify_finds_bitmaps_that_contradict_each_other_and_the_numbers(deleted: Path) -> None:
+    path = bitmap(deleted, "train-00002.keep")
+    replace_bitmap(deleted, "train-00002.keep", path.read_bytes()[:-1] + bytes([0b01000000]))
+    with pytest.raises(UserError) as caught:
+        verify(deleted)
+    assert "train-00002: 1 documents are kept or deleted against what duplicates and contaminated say" in str(
+        caught.value
+    )
+    assert (
+        "train-00002: expected as deleted {'documents': 1, 'tokens': 4, 'text_bytes': 3}, the bitmap deletes "
+        in str(caught.value)
+    )
+    assert "expected data digest" in str(caught.value)
+
+
+@pytest.mark.parametrize("numbers", [{"documents": 2}, {"tokens": 5}, {"text_bytes": 0}])
+def test_verify_finds_wrong_numbers(deleted: Path, numbers: dict[str, int]) -> None:
+    edit_manifest(deleted, lambda values: values["splits"]["train"][2]["deleted"].update(numbers))
+    with pytest.raises(UserError, match="train-00002: expected as deleted"):
+        verify(deleted)
+
+
+@pytest.mark.parametrize("content", [b"", b"not numpy", None])
+def test_a_bitmap_that_is_none_is_refused(deleted: Path, content: bytes | None) -> None:
+    if content is None:
+        whole = bitmap(deleted, "train-00002.keep").read_bytes()
+        content = whole.replace(b"(1,)", b"(2,)") + b"\0"
+    replace_bitmap(deleted, "train-00002.keep", content)
+    with pytest.raises(UserError, match=r"train-00002\.keep-\w+\.npy(:| is damaged)"):
+        open_dataset(deleted)
+    with pytest.raises(UserError, match=r"train-00002\.keep-"):
+        verify(deleted)
+
+
+def test_a_missing_bitmap_is_refused(deleted: Path) -> None:
+    bitmap(deleted, "train-00002.keep").unlink()
+    with pytest.raises(UserError, match=r"train-00002\.keep-\w+\.npy is missing"):
+        open_dataset(deleted)
+
+
+# inputs
+
+
+@pytest.fixture
+def sources(folder: Path, tmp_path: Path) -> list[Path]:
+    """Two input files that the manifest names, the second of which is not there."""
+    present, gone = tmp_path / "a.txt", tmp_path / "b.txt"
+    for path in (present, gone):
+        path.write_text("content")
+    found = find_corpus([str(present), str(gone)]).sources
+    inputs = [{"name": s.name, "kind": s.kind, "size": s.size, "fingerprint": s.fingerprint} for s in found]
+    edit_manifest(folder, lambda values: values.update(inputs=inputs))
+    gone.unlink()
+    return [present, gone]
+
+
+def test_a_missing_input_is_only_noted(folder: Path, sources: list[Path]) -> None:
+    assert verify(folder).endswith("\nnote: 1 of 2 inputs are not here to be compared")
+    edit_manifest(folder, lambda values: values["inputs"].pop())
+    assert "note" not in verify(folder)
+
+
+def test_verify_finds_a_changed_input(folder: Path, sources: list[Path]) -> None:
+    sources[0].write_text("other content")
+    with pytest.raises(UserError) as caught:
+        verify(folder)
+    assert "is whole, but not made of what its inputs are now:" in str(caught.value)
+    assert f"{sources[0]}: an input changed since: expected 7 bytes" in str(caught.value)
+    assert "found 13 bytes" in str(caught.value)
+
+
+def test_verify_finds_an_input_of_another_time(folder: Path, sources: list[Path]) -> None:
+    os.utime(sources[0], ns=(1, 1))
+    with pytest.raises(UserError, match=r"a\.txt: an input changed since: .*found 7 bytes, fingerprint 7-1;"):
+        verify(folder)
+
+
+def test_verify_finds_an_input_that_cannot_be_read_any_more(folder: Path, sources: list[Path]) -> None:
+    sources[0].unlink()
+    sources[0].mkdir()
+    with pytest.raises(UserError, match=r"a\.txt: an input changed since: folder .* holds nothing to read"):
+        verify(folder)
+
+
+# inspect
+
+
+def test_inspect_shows_counts_and_texts(folder: Path) -> None:
+    shown = inspect(folder)
+    assert "train: 7 documents" in shown
+    assert "  shards: 3, of which 2 continue an input" in shown
+    assert "val: 1 documents, 9 tokens, 8 bytes of text" in shown
+    assert "'held out'" in shown
+    assert "256-511: 1" in shown
+    assert "duplicates: not looked for\ncontamination: not looked for" in shown
+    assert "noticed: none" in shown
+
+
+def test_inspect_shows_what_was_deleted_noticed_and_failed(deleted: Path) -> None:
+    failed = [{"unit": "00007", "reason": "damaged at byte 5"}]
+    noticed = {"documents with NUL": 2}
+    edit_manifest(deleted, lambda values: values.update(failed=failed, noticed=noticed, drops={"text is empty": 1234}))
+    shown = inspect(deleted)
+    assert "dropped: 1,234 x text is empty" in shown
+    assert "noticed: 2 x documents with NUL" in shown
+    assert "failed: 00007: damaged at byte 5" in shown
+    assert "duplicates deleted: 1 documents (4 tokens, 3 bytes) equal to another\n" in shown
+    assert "contamination: 1 training documents share 13 words in a row with an evaluation file, deleted" in shown
+    assert "  quiz.jsonl: 1" in shown
+    assert "train: 5 documents" in shown
+    assert "  without 2 documents (14 tokens, 12 bytes)" in shown
+    edit_manifest(deleted, lambda values: values["deduplication"].update(method="near", threshold=0.7))
+    assert "equal to another\n  and 0 documents (0 tokens, 0 bytes) of Jaccard similarity 0.7 or more" in inspect(
+        deleted
+    )
+
+
+def test_inspect_draws_documents(tmp_path: Path) -> None:
+    texts = [[f"document {number + 50 * shard}" for number in range(50)] for shard in range(2)]
+    folder = write_dataset(tmp_path / "many", {"train": texts})
+    shown = inspect(folder)
+    lines = [line for line in shown.splitlines() if line.startswith("  document ")]
+    numbers = [int(line.split()[1]) for line in lines]
+    assert len(set(numbers)) == 3
+    assert numbers != [0, 50, 99]
+    for line, number in zip(lines, numbers, strict=True):
+        text = f"document {number}"
+        assert line == f"  document {number} (by hand, row {number}, {len(text) + 1} tokens): {text!r}"
+    assert inspect(folder) == shown
