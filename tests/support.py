@@ -16,8 +16,11 @@ import matplotlib.backends.backend_agg  # noqa: F401 - imported by draw_curves, 
 import torch
 import torch._dynamo  # imported by the first optimizer, likewise
 import yaml
+from rich.console import Console
 
 import pretrain
+from pipeline.data.prepare import prepare
+from pipeline.data.request import Request
 from pipeline.errors import run_command
 
 WORDS = ("the", "a", "of", "to", "and", "in", "that", "it", "is", "was", "he", "for", "on", "are", "as", "with", "his")
@@ -35,6 +38,16 @@ def write_corpus(path: Path, *, documents: int = 160, seed: int = 1) -> Path:
             text = " ".join(generator.choices(WORDS, k=generator.randint(20, 120))) + ".\n"
             file.write(json.dumps({"text": text}) + "\n")
     return path
+
+
+def make_dataset(
+    folder: Path, *, documents: int = 160, seed: int = 1, tokenizer: str = "bytes", val: float = 0.2
+) -> Path:
+    """A dataset of random words in `folder`, made of `<folder>.jsonl` beside it."""
+    corpus = write_corpus(folder.with_suffix(".jsonl"), documents=documents, seed=seed)
+    request = Request(inputs=(str(corpus),), output=folder, tokenizer=tokenizer, val_fraction=val)
+    prepare(request, console=Console(quiet=True))
+    return folder
 
 
 def tiny_settings(dataset: Path, run_dir: Path, **sections: dict[str, Any]) -> dict[str, Any]:

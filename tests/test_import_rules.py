@@ -24,6 +24,7 @@ FLOORS = {
     "train": 2,
     "generate": 2,
     "export": 3,
+    "explain": 3,
 }
 MAY_TORCH = {"loader", "objectives"}  # of the data room
 DOORS = {

@@ -85,19 +85,27 @@ def test_console_line_shows_what_is_known(capsys: pytest.CaptureFixture[str]) ->
     console = ConsoleLine(SteadyConsole(highlight=False, soft_wrap=True), total_steps=120)
     console.show({**line, "tokens_per_second": 12345.6, "step_seconds": 36.0, "data_wait_seconds": 3.6, "mfu": 0.434})
     console.show({"step": 20, "val_loss": 2.25, "val_bits_per_byte": 1.125})
-    first, second = capsys.readouterr().out.splitlines()
+    console.show({**line, "tokens_per_second": 12345.6, "step_seconds": 36.0, "data_wait_seconds": 3.6})
+    console.show({"step": 20, "val_loss": 2.25, "val_loss/a/web": 2.5, "val_loss/[b]": 2.0, "val_bits_per_byte": 1.125})
+    first, warning, second, *later = capsys.readouterr().out.splitlines()
+    assert warning.startswith("warning: 10% of the time was spent waiting for data (said once; ")
     assert first == (
         "step  20/120  loss 2.5000  lr 1.00e-03  grad norm 0.500  12,346 tokens/s  ETA 1:00:00  MFU 43.4%  "
         "waits for data 10%"
     )
     assert second == "step  20/120  validation loss 2.2500  1.1250 bits per byte"
+    assert [text.split("  ", 2)[2] for text in later] == [
+        "loss 2.5000  lr 1.00e-03  grad norm 0.500  12,346 tokens/s  ETA 1:00:00  waits for data 10%",
+        "validation loss 2.2500  1.1250 bits per byte  a/web 2.5000  [b] 2.0000",
+    ]
 
 
 def test_curves_are_drawn_and_need_at_least_one_line(tmp_path: Path) -> None:
     draw_curves([], tmp_path / "none.png", title="none")
     assert not (tmp_path / "none.png").exists()
     lines = [{"step": s, "loss": 3.0 / s, "lr": 0.1, "grad_norm": 1.0} for s in (1, 2, 3)]
-    draw_curves([*lines, {"step": 3, "val_loss": 1.5}], tmp_path / "curves.png", title="run")
+    evaluations = [{"step": 2, "val_loss": 1.5}, {"step": 3, "val_loss": 1.4, "val_loss/web": 1.3}]  # a blend since 3
+    draw_curves([*lines, *evaluations], tmp_path / "curves.png", title="run")
     assert (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
 

@@ -244,7 +244,7 @@ def test_packed_documents_are_as_if_alone(position: str, window: int | None) -> 
 
 
 def test_positions_that_begin_again_hide_nothing() -> None:
-    """Without a mask a packed row is plain causal attention: its first token reaches the last, whatever its position."""
+    """Without a mask a packed row is plain causal attention: its first token reaches the last one."""
     positions = torch.cat([torch.arange(20), torch.arange(4)])[None]
     before = tokens(rows=1)
     after = before.clone()

@@ -20,6 +20,7 @@ from pipeline.model.transformer import Decoder, build_model, initialise
 from pipeline.train.optim import build_optimizer
 from pipeline.train.runtime import Runtime
 from pipeline.train.step import Trainer, evaluate
+from tests.support import make_dataset
 
 
 def settings(**sections: dict[str, Any]) -> Config:
@@ -139,6 +140,38 @@ def test_evaluation_is_the_mean_over_every_validation_token(dataset: Path) -> No
     part = evaluate(model, validation, runtime=trainer.runtime, tokens=100)
     assert part.targets == 128  # whole windows
     assert model.training
+
+
+def test_packed_evaluation_is_every_document_alone(dataset: Path) -> None:
+    """With positions and attention within documents, packing changes nothing: against one document at a time."""
+    data: dict[str, Any] = {"plan": "pack", "document_mask": True}
+    config = settings(data=data, model={"context_length": 1024}, train={"batch_tokens": 8192})
+    model, trainer = make(dataset, config)
+    opened = data_of(dataset, config)
+    found = evaluate(model, opened.validation(config, rank=0, world_size=1), runtime=trainer.runtime, tokens=None)
+    split = opened.sources[0].dataset.split("val")
+    nats, targets, start = 0.0, 0, 0
+    for length in split.lengths.tolist():
+        document = torch.from_numpy(split.tokens(start, start + length).astype("int64"))
+        nats += F.cross_entropy(model(document[None, :-1])[0].double(), document[1:], reduction="sum").item()
+        targets, start = targets + length - 1, start + length
+    assert found.targets == targets
+    assert found.loss == pytest.approx(nats / targets, rel=1e-5)
+
+
+def test_evaluation_of_a_blend_weighs_targets_and_names_each(dataset: Path, tmp_path: Path) -> None:
+    other = make_dataset(tmp_path / "other", documents=60, seed=4)
+    sources = [{"path": str(folder)} for folder in (dataset, other)]
+    config = settings(data={"path": None, "sources": sources})
+    model, trainer = make(dataset, settings())
+    sets = open_sources(config).validation(config, rank=0, world_size=1)
+    together = evaluate(model, sets, runtime=trainer.runtime, tokens=None)
+    alone = [evaluate(model, [one], runtime=trainer.runtime, tokens=None) for one in sets]
+    assert together.sources == {"dataset": alone[0].loss, "other": alone[1].loss}
+    assert together.targets == sum(one.targets for one in alone)
+    assert together.loss == pytest.approx(sum(one.loss * one.targets for one in alone) / together.targets)
+    text = [one.loss * one.targets / math.log(2) / one.bits_per_byte for one in alone]
+    assert together.bits_per_byte == pytest.approx(together.loss * together.targets / math.log(2) / sum(text))
 
 
 def test_dropout_depends_on_seed_and_step_alone(dataset: Path) -> None:

@@ -83,12 +83,12 @@ def counts(shares: Sequence[Fraction], rows: int) -> list[int]:
 class Blend:
     """The rows of a run: a `RowSource` over the datasets of all its phases.
 
-    sources: rows of each dataset by digest; those of earlier phases may be missing, then their rows cannot be read.
+    sources: rows of each dataset by digest. Those of earlier phases may be missing; then their rows cannot be read.
     """
 
     def __init__(self, phases: Sequence[Phase], sources: Mapping[str, Shuffled], *, seed: int) -> None:
         assert phases[0].row == 0, f"the first phase begins at row {phases[0].row}"
-        self.phases, self.sources, self.seed = tuple(phases), sources, seed
+        self.phases, self.sources, self.seed = tuple(phases), dict(sources), seed
         self._digests = list(dict.fromkeys(digest for phase in phases for digest in phase.shares()))
         self._shares = [phase.shares() for phase in phases]
         self._block = lru_cache(maxsize=16)(self._deal)  # a batch touches few, the next batch some of the same
@@ -100,15 +100,30 @@ class Blend:
         """As `RowSource.read`."""
         owners, numbers = self.locate(rows)
         places = [np.flatnonzero(owners == owner) for owner in np.unique(owners).tolist()]
-        parts = [self._rows_of(int(owners[at[0]])).read(numbers[at], documents=documents) for at in places]
+        sources = [self.sources[self._digests[owners[at[0]]]] for at in places]
+        parts = [source.read(numbers[at], documents=documents) for source, at in zip(sources, places, strict=True)]
         if len(parts) == 1:
             return parts[0]
         return Rows.join(parts)[np.argsort(np.concatenate(places))]
 
     def describe(self, row: int) -> list[Origin]:
         """As `RowSource.describe`."""
-        owners, numbers = self.locate(np.array([row]))
-        return self._rows_of(int(owners[0])).describe(int(numbers[0]))
+        _, numbers = self.locate(np.array([row]))
+        return self.source_of(row).describe(int(numbers[0]))
+
+    def missing(self, rows: Indices) -> list[PhaseSource]:
+        """Datasets that `rows` (B,) come from and that are not at hand."""
+        digests = {self._digests[owner] for owner in np.unique(self.locate(rows)[0]).tolist()} - self.sources.keys()
+        known = {source.digest: source for phase in self.phases for source in phase.sources}
+        return [known[digest] for digest in sorted(digests)]
+
+    def source_of(self, row: int) -> Shuffled:
+        """The dataset of a row. Errors: it was part of an earlier phase and is not at hand."""
+        for gone in self.missing(np.array([row])):
+            raise UserError(
+                f"row {row} is of {gone.name}, which is no part of the blend any more ({gone.settings.path})"
+            )
+        return self.sources[self._digests[int(self.locate(np.array([row]))[0][0])]]
 
     def locate(self, rows: Indices) -> tuple[Indices, Indices]:
         """For each of `rows` (B,): the place of its dataset among all digests; its number in it, from 0 for ever."""
@@ -153,13 +168,3 @@ class Blend:
         for place, digest, start, size in zip(places, shares, first, sizes, strict=True):
             numbers[owners == place] = self._before[phase][digest] + start + np.arange(size)
         return owners, numbers
-
-    def _rows_of(self, owner: int) -> Shuffled:
-        digest = self._digests[owner]
-        if digest not in self.sources:
-            known = {source.digest: source for phase in self.phases for source in phase.sources}
-            raise UserError(
-                f"rows of {known[digest].name} are asked for, which is no part of the blend any more; it was "
-                f"{known[digest].settings.path} with digest {digest[:16]}"
-            )
-        return self.sources[digest]

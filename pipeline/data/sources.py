@@ -30,6 +30,10 @@ class Source:
     plan: Plan
     validation: Plan | None
 
+    def rows(self, *, seed: int) -> Shuffled:
+        """Its rows for training, epoch after epoch."""
+        return Shuffled(self.plan, name=self.name, seed=seed, data_digest=self.dataset.data_digest)
+
 
 @dataclass(frozen=True)
 class ValidationSet:
@@ -59,12 +63,7 @@ class TrainingData:
 
     def blend(self, phases: Sequence[Phase]) -> Blend:
         """The rows of training under `phases`, of which the last is about these datasets."""
-        rows = {
-            source.dataset.data_digest: Shuffled(
-                source.plan, name=source.name, seed=self.seed, data_digest=source.dataset.data_digest
-            )
-            for source in self.sources
-        }
+        rows = {source.dataset.data_digest: source.rows(seed=self.seed) for source in self.sources}
         return Blend(phases, rows, seed=self.seed)
 
     def validation(self, config: Config, *, rank: int, world_size: int) -> list[ValidationSet]:
@@ -86,17 +85,33 @@ def open_sources(config: Config) -> TrainingData:
     datasets = [open_source(source) for source in given]
     names = unique_names([source.path for source in given])
     _refuse_misfits(datasets, names)
-    sources = []
-    for name, settings, dataset in zip(names, given, datasets, strict=True):
-        plan = make_plan(dataset.split("train"), config, digest=dataset.data_digest)
-        if plan.rows == 0:
-            raise UserError(
-                f"{dataset.path} has {plan.split.n_tokens} training tokens, one row needs "
-                f"{config.model.context_length + 1}: prepare more text or lower model.context_length"
-            )
-        validation = make_plan(dataset.split("val"), config, digest=dataset.data_digest)
-        sources.append(Source(name, settings, dataset, plan, validation if validation.all_rows else None))
-    return TrainingData(sources, seed=config.seed)
+    parts = zip(names, given, datasets, strict=True)
+    return TrainingData(
+        [lay_out(name, settings, dataset, config) for name, settings, dataset in parts], seed=config.seed
+    )
+
+
+def lay_out(name: str, settings: SourceConfig, dataset: Dataset, config: Config) -> Source:
+    """A dataset in rows. Errors: not even one."""
+    plan = make_plan(dataset.split("train"), config, digest=dataset.data_digest)
+    if plan.rows == 0:
+        raise UserError(
+            f"{dataset.path} has {plan.split.n_tokens} training tokens, one row needs "
+            f"{config.model.context_length + 1}: prepare more text or lower model.context_length"
+        )
+    validation = make_plan(dataset.split("val"), config, digest=dataset.data_digest)
+    return Source(name, settings, dataset, plan, validation if validation.all_rows else None)
+
+
+def reopen(known: PhaseSource, config: Config) -> Source:
+    """A dataset that a run trained on before. Errors: it is not there any more, or not the same."""
+    dataset = open_source(known.settings)
+    if dataset.data_digest != known.digest:
+        raise UserError(
+            f"{dataset.path} is not what {known.name} was: digest {dataset.data_digest[:16]}, wanted "
+            f"{known.digest[:16]}; restore that dataset there"
+        )
+    return lay_out(known.name, known.settings, dataset, config)
 
 
 def open_source(source: SourceConfig) -> Dataset:

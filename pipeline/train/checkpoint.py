@@ -18,7 +18,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -57,6 +57,12 @@ class BatchSizes(BaseModel):
     ramp: Ramp
 
 
+def rows_of_step(batches: Sequence[BatchSizes], step: int) -> tuple[int, int]:
+    """First row and number of rows of step `step`; 1 is the first."""
+    sizes = next(sizes for sizes in reversed(batches) if sizes.after < step)
+    return sizes.row + sizes.ramp.before(step) - sizes.ramp.before(sizes.after + 1), sizes.ramp.of(step)
+
+
 class TrainState(BaseModel):
     """Where a run stands. The next batch starts at row `rows`; there is no other data position.
 
@@ -79,8 +85,7 @@ class TrainState(BaseModel):
 
     def rows_of(self, step: int) -> tuple[int, int]:
         """First row and number of rows of any step, one of the past or one to come."""
-        sizes = next(sizes for sizes in reversed(self.batches) if sizes.after < step)
-        return sizes.row + sizes.ramp.before(step) - sizes.ramp.before(sizes.after + 1), sizes.ramp.of(step)
+        return rows_of_step(self.batches, step)
 
     def after(self, *, targets: int) -> TrainState:
         """The state one update later, which had so many targets."""

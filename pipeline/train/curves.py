@@ -24,6 +24,10 @@ def draw_curves(lines: list[dict[str, Any]], path: Path, *, title: str) -> None:
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     top.plot(steps, [line["loss"] for line in training], color="tab:blue", linewidth=1, alpha=0.8, label="training")
     if validation:
+        names = sorted({key for line in validation for key in line if key.startswith("val_loss/")})
+        for name in names:  # of a blend, each dataset on its own
+            points = [(line["step"], line[name]) for line in validation if name in line]
+            top.plot(*zip(*points, strict=True), ".--", linewidth=0.8, alpha=0.8, label=name.removeprefix("val_loss/"))
         val_steps = [line["step"] for line in validation]
         top.plot(val_steps, [line["val_loss"] for line in validation], "o-", color="tab:orange", label="validation")
         last = validation[-1]

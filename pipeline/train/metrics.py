@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from pipeline.errors import UserError
 from pipeline.files import write_durably
@@ -42,6 +43,8 @@ PEAK_TFLOPS = (
     ("MI300X", 1307.0),
     ("MI250X", 191.5),  # one of its two dies, which PyTorch sees as two devices
 )
+
+WAITED_TOO_LONG = 0.02  # share of the time
 
 
 def device_peak_flops(device: torch.device, precision: torch.dtype, *, override_tflops: float | None) -> float | None:
@@ -142,17 +145,26 @@ class ConsoleLine:
     def __init__(self, console: Console, *, total_steps: int) -> None:
         self.console = console
         self.total_steps = total_steps
+        self._warned = False
 
     def show(self, line: dict[str, Any]) -> None:
-        """Print a training or an evaluation line."""
+        """Print a training or an evaluation line; once in a run, that it waits for its data."""
         place = f"[bold]step {line['step']:>{len(str(self.total_steps))}}/{self.total_steps}[/bold]"
         if "val_loss" in line:
             parts = [place, f"[green]validation loss {line['val_loss']:.4f}[/green]"]
             parts.append(f"{line['val_bits_per_byte']:.4f} bits per byte")
+            each = [key for key in line if key.startswith("val_loss/")]
+            parts += [escape(f"{key.removeprefix('val_loss/')} {line[key]:.4f}") for key in each]
         else:
             parts = [place, f"loss {line['loss']:.4f}", f"lr {line['lr']:.2e}", f"grad norm {line['grad_norm']:.3f}"]
             parts += self._rates(line)
         self.console.print("  ".join(parts))
+        if _waiting(line) > WAITED_TOO_LONG and not self._warned:
+            self._warned = True
+            self.console.print(
+                f"[yellow]warning: {_waiting(line):.0%} of the time was spent waiting for data (said once; see "
+                "data_wait_seconds in the record): put the dataset on a local disk, or stop what else uses it[/yellow]"
+            )
 
     def _rates(self, line: dict[str, Any]) -> list[str]:
         if "tokens_per_second" not in line:
@@ -161,10 +173,14 @@ class ConsoleLine:
         parts = [f"{line['tokens_per_second']:,.0f} tokens/s", f"ETA {_duration(left)}"]
         if "mfu" in line:
             parts.append(f"MFU {line['mfu']:.1%}")
-        waited = line["data_wait_seconds"] / line["step_seconds"]
-        if waited > 0.02:
-            parts.append(f"[yellow]waits for data {waited:.0%}[/yellow]")
+        if _waiting(line) > WAITED_TOO_LONG:
+            parts.append(f"[yellow]waits for data {_waiting(line):.0%}[/yellow]")
         return parts
+
+
+def _waiting(line: dict[str, Any]) -> float:
+    """Share of the time of a logged interval in which there was no data."""
+    return float(line["data_wait_seconds"] / line["step_seconds"]) if "step_seconds" in line else 0.0
 
 
 def _duration(seconds: float) -> str:

@@ -112,7 +112,7 @@ class Run:
         precision = str(self.runtime.precision)
         if state.precision != precision:  # the resolved one: "auto" may mean another on this machine
             changes["train.precision"] = f"train.precision: {state.precision} -> {precision}"
-        another_run = [line for key, line in changes.items() if key.split(".")[0] in FIXED]
+        another_run = [line for key, line in changes.items() if key.split(".")[0] in FIXED and key != "data.sources"]
         if another_run:
             raise UserError(
                 f"{checkpoint} belongs to another run; choose another --run-dir or restore these settings:\n  "

@@ -14,7 +14,7 @@ from rich.console import Console
 from pipeline.data.prepare import prepare
 from pipeline.data.request import Request
 from pipeline.train.checkpoint import list_checkpoints, verify
-from tests.support import record, run_pretrain, tiny_settings, write_config, write_corpus
+from tests.support import make_dataset, record, run_pretrain, tiny_settings, write_config, write_corpus
 
 
 def mistake(config: Path, *flags: str) -> str:
@@ -99,6 +99,26 @@ def test_other_data_than_the_checkpoints(finished: Path, config: Path, tmp_path:
     request = Request(inputs=(str(corpus),), output=other, tokenizer="bytes", val_fraction=0.2)
     prepare(request, console=Console(quiet=True))
     assert "the data of" in mistake(config, "--data.path", str(other))
+
+
+def test_other_weights_need_a_word_and_another_plan_is_another_run(dataset: Path, config: Path, tmp_path: Path) -> None:
+    other = make_dataset(tmp_path / "other", documents=60, seed=2)
+    sources = [{"path": str(dataset), "weight": 2}, {"path": str(other), "weight": 1}]
+    settings = tiny_settings(dataset, tmp_path / "run", data={"path": None, "sources": sources})
+    write_config(config, settings)
+    assert run_pretrain(config)[0] == 0
+    again = ("--data.sources.0.weight", "4", "--data.sources.1.weight", "2")  # the same shares
+    assert "already at step 12" in run_pretrain(config, *again)[1]
+    printed = mistake(config, "--data.sources.0.weight", "1")
+    assert "data.sources: 66.67% dataset, 33.33% other -> 50.00% dataset, 50.00% other" in printed
+    assert "--checkpoint.allow-changes true" in printed
+    assert "belongs to another run" in mistake(config, "--data.plan", "pack", "--checkpoint.allow-changes", "true")
+    flags = ("--train.steps", "14", "--optim.horizon-steps", "12", "--checkpoint.allow-changes", "true")
+    code, printed = run_pretrain(config, "--data.sources.0.weight", "1", *flags)
+    assert code == 0, printed
+    assert "changed on resuming: data.sources: 66.67% dataset" in printed
+    alone = write_config(tmp_path / "alone.yaml", tiny_settings(dataset, tmp_path / "run"))
+    assert "the data of" in mistake(alone)
 
 
 def test_other_model_or_seed_is_another_run(finished: Path, config: Path) -> None:

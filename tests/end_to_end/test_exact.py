@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from pipeline.train.checkpoint import list_checkpoints, verify
-from tests.support import record, run_pretrain, start_pretrain, tiny_settings, write_config
+from tests.support import make_dataset, record, run_pretrain, start_pretrain, tiny_settings, write_config
 
 
 def finish(path: Path, dataset: Path, name: str, **sections: dict[str, Any]) -> Path:
@@ -66,6 +67,40 @@ def test_twenty_kills_leave_no_trace(dataset: Path, tmp_path: Path) -> None:
         assert final_tensors(run_dir) == final_tensors(undisturbed)
         assert list((run_dir / "checkpoints").glob(".*")) == []
     assert "resuming from" in output.read_text()
+
+
+def test_a_packed_blend_with_a_ramp_is_the_same_after_a_kill(dataset: Path, tmp_path: Path) -> None:
+    other = make_dataset(tmp_path / "other", documents=50, seed=9)
+    sources = [{"path": str(dataset), "weight": 0.7}, {"path": str(other), "weight": 0.3}]
+    ramp = [{"steps": 4, "batch_tokens": 64}, {"steps": 9, "batch_tokens": 128}]
+    sections: dict[str, dict[str, Any]] = {
+        "data": {"path": None, "sources": sources, "plan": "pack", "document_mask": True, "max_epochs": 0.5},
+        "model": {"dropout": 0.1},
+        "train": {"steps": 250, "batch_ramp": ramp},
+        "checkpoint": {"every": 10},
+        "eval": {"every": 100},
+    }
+    undisturbed = finish(tmp_path, dataset, "undisturbed", **sections)
+    config = write_config(tmp_path / "killed.yaml", tiny_settings(dataset, tmp_path / "killed", **sections))
+    for kill_after in ("step   8/250", "step  27/250"):  # before the first checkpoint, after the ramp
+        output = tmp_path / f"{kill_after[5:8].strip()}.txt"
+        process = start_pretrain(config, output)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and kill_after not in (output.read_text() if output.exists() else ""):
+            time.sleep(0.01)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, output.read_text()
+    code, printed = run_pretrain(config)
+    assert code == 0, printed
+    assert "resuming from" in printed
+    assert record(tmp_path / "killed") == record(undisturbed)
+    assert final_tensors(tmp_path / "killed") == final_tensors(undisturbed)
+    lines = [line for line in record(undisturbed) if "val_loss" in line]
+    assert {f"val_loss/{dataset.name}", "val_loss/other", "val_bits_per_byte"} <= lines[-1].keys()
+    assert lines[-1]["val_loss"] < lines[0]["val_loss"]
+    assert "data: 30.00% other, " in printed
+    assert re.search(r"warning: other will be read \d+\.\d times, more than data.max_epochs \(0.5\)", printed)
 
 
 def test_a_signal_saves_the_last_finished_step(dataset: Path, tmp_path: Path) -> None:

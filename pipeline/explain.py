@@ -1,0 +1,131 @@
+"""What a step trained on: every document of every row, with the file and record it came from.
+
+    python -m pipeline.explain RUN --step N [--rank R --world-size W] [--text]
+
+In: a run folder and its datasets; neither model nor GPU. Out: lines, exact for any step of the past or of the
+future, through changes of weights, datasets and batch sizes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from pipeline.cli import config_from_values, read_yaml
+from pipeline.config import Config
+from pipeline.data.blend import Blend, Phase
+from pipeline.data.order import share
+from pipeline.data.rows import Origin
+from pipeline.data.sources import TrainingData, open_sources, reopen
+from pipeline.data.tokenizer import TextTokenizer
+from pipeline.errors import UserError, run_command
+from pipeline.train.checkpoint import BatchSizes, list_checkpoints, read_state, rows_of_step
+
+SHOWN_TOKENS, SHOWN_CHARACTERS = 48, 100  # of the text of each document
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Tell which documents a training step saw, or will see."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder."""
+    step: int
+    """Which step; 1 is the first."""
+    rank: int | None = None
+    """Only the rows of this rank, of `world_size`."""
+    world_size: int = 1
+    """Number of ranks the run had at that step."""
+    text: bool = False
+    """Also show how each document's part begins."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """What each row of a run is, and which rows each step takes."""
+
+    config: Config
+    data: TrainingData
+    blend: Blend
+    batches: tuple[BatchSizes, ...]
+
+    def rows(self, step: int, *, rank: int | None = None, world_size: int = 1) -> range:
+        """The rows of a step, or one rank's part of them."""
+        first, count = rows_of_step(self.batches, step)
+        part = range(count) if rank is None else share(count, part=rank, parts=world_size)
+        return range(first + part.start, first + part.stop)
+
+    def describe(self, rows: Sequence[int]) -> list[list[Origin]]:
+        """Where everything in each of `rows` comes from. Errors: a dataset of an earlier phase is gone."""
+        for known in self.blend.missing(np.array(rows, dtype=np.int64)):
+            self.blend.sources[known.digest] = reopen(known, self.config).rows(seed=self.config.seed)
+        return [self.blend.describe(row) for row in rows]
+
+
+def main() -> None:
+    """Run folder in, lines out."""
+    arguments = tyro.cli(Arguments, prog="python -m pipeline.explain", config=(tyro.conf.FlagCreatePairsOff,))
+    ranks = range(arguments.world_size)
+    if arguments.step < 1 or (arguments.rank is not None and arguments.rank not in ranks):
+        raise UserError(
+            f"wanted a step from 1 on and a rank below --world-size {arguments.world_size}, got step {arguments.step}"
+            f"{'' if arguments.rank is None else f' and rank {arguments.rank}'}"
+        )
+    course = read_course(arguments.run)
+    rows = course.rows(arguments.step, rank=arguments.rank, world_size=arguments.world_size)
+    of_rank = "" if arguments.rank is None else f", rank {arguments.rank} of {arguments.world_size}"
+    print(f"step {arguments.step}{of_rank}: {len(rows)} rows of {course.config.model.context_length} tokens")
+    tokenizer = _tokenizer(course.data) if arguments.text else None
+    for row, origins in zip(rows, course.describe(rows), strict=True):
+        print(f"row {row}: {origins[0].dataset}, epoch {origins[0].epoch}, its row {origins[0].row}")
+        for origin in origins:
+            print(f"  {_line(origin)}")
+            if tokenizer is not None:
+                print(f"    {_beginning(course.blend, row, origin, tokenizer)}")
+
+
+def read_course(run: Path) -> Course:
+    """The course of a run from its settings and its newest checkpoint; before the first one from the settings alone.
+
+    The settings are those of the latest start, so what they changed is in effect from that checkpoint on.
+    """
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run} is no run folder: it has no config.yaml")
+    config = config_from_values(read_yaml(path), origin=str(path))
+    data = open_sources(config)
+    phases: tuple[Phase, ...] = (Phase(row=0, sources=data.described()),)
+    batches: tuple[BatchSizes, ...] = (BatchSizes(after=0, row=0, ramp=config.ramp_of_rows),)
+    found = list_checkpoints(run / "checkpoints")
+    if found:
+        state = read_state(found[-1]).continued(data.described(), config.ramp_of_rows)
+        phases, batches = state.phases, state.batches
+    return Course(config, data, data.blend(phases), batches)
+
+
+def _line(origin: Origin) -> str:
+    span, info = origin.span, origin.info
+    return (
+        f"{info.source}, row {info.row}: positions {span.place} to {span.place + span.length - 1} "
+        f"({span.length} of its {info.tokens} tokens, from token {span.start} of the split on)"
+    )
+
+
+def _beginning(blend: Blend, row: int, origin: Origin, tokenizer: TextTokenizer) -> str:
+    """The text of the first tokens, on one line."""
+    start, length = origin.span.start, min(origin.span.length, SHOWN_TOKENS)
+    text = tokenizer.decode(blend.source_of(row).plan.split.tokens(start, start + length))
+    return json.dumps(text[:SHOWN_CHARACTERS], ensure_ascii=False)
+
+
+def _tokenizer(data: TrainingData) -> TextTokenizer:
+    return TextTokenizer.from_definition(json.loads(data.tokenizer_json), origin=data.where, eos=data.eos_id)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,254 @@
+"""Blends: exact shares, nothing repeated or lost, the same rows however they are split."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.config import Config
+from pipeline.config_data import SourceConfig
+from pipeline.data.blend import BLOCK, Blend, Phase, PhaseSource, counts
+from pipeline.data.loader import Loader, RankBatch
+from pipeline.data.sources import TrainingData, open_sources, unique_names
+from pipeline.errors import UserError
+from tests.support import make_dataset
+
+CONTEXT = 32
+
+
+def source(digest: str, weight: float) -> PhaseSource:
+    return PhaseSource(name=digest, digest=digest, settings=SourceConfig(path=digest, weight=weight))
+
+
+def phase(row: int, **weights: float) -> Phase:
+    return Phase(row=row, sources=tuple(source(digest, weight) for digest, weight in weights.items()))
+
+
+def located(blend: Blend, rows: int | np.ndarray) -> list[tuple[str, int]]:
+    """Digest and number of each of `rows`, or of the first so many."""
+    order = list(dict.fromkeys(digest for one in blend.phases for digest in one.shares()))
+    owners, numbers = blend.locate(np.arange(rows) if isinstance(rows, int) else rows)
+    return [(order[owner], number) for owner, number in zip(owners.tolist(), numbers.tolist(), strict=True)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three datasets of different sizes; the second has no validation split."""
+    folder = tmp_path_factory.mktemp("blend")
+    sizes = ((90, 0.2), (60, 0.0), (40, 0.2))
+    return [
+        make_dataset(folder / f"part-{seed}", documents=documents, seed=seed, val=val)
+        for seed, (documents, val) in enumerate(sizes)
+    ]
+
+
+def settings(folders: list[Path], *, plan: str = "concat", micro_batch: int = 4, **train: Any) -> Config:
+    weights = (5, 2.5, 0.3)
+    sources = [{"path": str(path), "weight": weight} for path, weight in zip(folders, weights, strict=False)]
+    train = {"steps": 200, "batch_tokens": 8 * CONTEXT, "micro_batch": micro_batch, **train}
+    data = {"sources": sources, "plan": plan, "document_mask": plan == "pack"}
+    return Config.model_validate({"seed": 5, "data": data, "model": {"context_length": CONTEXT}, "train": train})
+
+
+def blend_of(data: TrainingData) -> Blend:
+    return data.blend([Phase(row=0, sources=data.described())])
+
+
+def rows_of(batch: RankBatch) -> list[tuple[list[int], list[int]]]:
+    """(tokens, labels) of each row that has targets."""
+    found = []
+    for part in batch.micro_batches:
+        found += list(zip(part.inputs["tokens"].tolist(), part.labels.tolist(), strict=True))
+    return [(tokens, labels) for tokens, labels in found if set(labels) != {-100}]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 40])
+def test_counts_are_whole_never_fall_and_stay_near_the_ideal(size: int) -> None:
+    """Against exact fractions; the bounds are those that the docstring promises."""
+    generator = random.Random(size)
+    for kind in range(4):
+        weights = sorted(Fraction(repr(generator.random() ** (1, 8, 40, 0)[kind] + 1e-12)) for _ in range(size))
+        shares = [weight / sum(weights) for weight in weights]
+        before = [0] * size
+        harmonic = sum(1 / n for n in range(1, size))
+        for rows in [*range(700), 10**6, 10**6 + 1, 10**15, 10**15 + 1]:
+            found = counts(shares, rows)
+            assert sum(found) == rows
+            assert min(b - a for a, b in zip(before, found, strict=True)) >= 0
+            off = [count - rows * share for count, share in zip(found, shares, strict=True)]
+            assert max(off) < 1
+            assert min(off) == 0 or -min(off) < harmonic
+            before = found
+
+
+def test_shares_are_decimals_and_their_order_and_scale_mean_nothing() -> None:
+    first = phase(0, a=0.7, b=0.3)
+    assert first.shares() == {"b": Fraction(3, 10), "a": Fraction(7, 10)}
+    assert phase(0, b=3.0, a=7.0).shares() == first.shares()
+    assert located(Blend([phase(0, b=3, a=7)], {}, seed=1), 900) == located(Blend([first], {}, seed=1), 900)
+    assert located(Blend([first], {}, seed=2), 900) != located(Blend([first], {}, seed=1), 900)
+
+
+@pytest.mark.parametrize(
+    "weights", [{"a": 1}, {"a": 0.7, "b": 0.3}, {"a": 0.9, "b": 0.099, "c": 0.001}, {"a": 1, "b": 1e-9}]
+)
+def test_shares_hold_in_every_block_and_over_a_thousand_steps(weights: dict[str, float]) -> None:
+    blend = Blend([phase(0, **weights)], {}, seed=3)
+    names = [name for name, _ in located(blend, 12_000)]
+    total = sum(weights.values())
+    for name, weight in weights.items():
+        wanted = weight / total
+        for steps in (1000, 997):  # of 12 rows; the second ends inside a block
+            assert abs(names[: steps * 12].count(name) / (steps * 12) - wanted) < 0.001
+        for end in range(BLOCK, 12_000, BLOCK):
+            assert abs(names[:end].count(name) - end * wanted) < 2
+    if len(weights) > 1 and min(weights.values()) > 0.1:  # no pattern: as often alike in a row as chance would have it
+        alike = sum(a == b for a, b in pairwise(names)) / len(names)
+        assert alike == pytest.approx(sum((w / total) ** 2 for w in weights.values()), abs=5 * math.sqrt(0.25 / 12_000))
+
+
+def test_nothing_is_repeated_or_lost_through_phases() -> None:
+    """Rows of each dataset come as 0, 1, 2, ... whatever happens to the blend, also where a phase begins in a block."""
+    phases = [
+        phase(0, a=0.7, b=0.3),
+        phase(1000, a=0.2, b=0.8),
+        phase(1007, a=0.5, c=0.5),  # without b
+        phase(2301, a=0.1, b=0.6, c=0.3),  # with b again
+        phase(4000, b=1.0),
+    ]
+    blend = Blend(phases, {}, seed=7)
+    found = located(blend, 4600)
+    for name in "abc":
+        numbers = [number for digest, number in found if digest == name]
+        assert numbers == list(range(len(numbers)))
+    assert {digest for digest, _ in found[1007:2301]} == {"a", "c"}
+    assert {digest for digest, _ in found[4000:]} == {"b"}
+    for row in (0, 1, 255, 256, 999, 1000, 1003, 1007, 2300, 2301, 3999, 4000, 4599):
+        assert blend.taken(row) == {name: Counter(d for d, _ in found[:row])[name] for name in "abc"}
+    early = Blend(phases[:2], {}, seed=7)
+    assert located(early, 1007) == found[:1007], "later phases change nothing of earlier ones"
+    scattered = np.random.default_rng(1).integers(0, 4600, 300)
+    assert located(blend, scattered) == [found[row] for row in scattered.tolist()]
+
+
+@pytest.mark.parametrize("plan", ["concat", "pack"])
+def test_one_dataset_has_the_order_that_it_has_alone(folders: list[Path], plan: str) -> None:
+    data = open_sources(settings(folders[:1], plan=plan))
+    rows = np.arange(3 * data.sources[0].plan.rows)
+    alone = data.sources[0].rows(seed=5).read(rows, documents=True)
+    blended = blend_of(data).read(rows, documents=True)
+    assert np.array_equal(blended.tokens, alone.tokens)
+    assert np.array_equal(blended.labels, alone.labels)
+
+
+@pytest.mark.parametrize("plan", ["concat", "pack"])
+def test_a_row_is_the_same_read_alone_or_among_others(folders: list[Path], plan: str) -> None:
+    data = open_sources(settings(folders, plan=plan))
+    blend = data.blend([Phase(row=0, sources=data.described()), Phase(row=300, sources=data.described()[::-1][:2])])
+    rows = np.random.default_rng(2).integers(0, 700, 64)
+    together = blend.read(rows, documents=True)
+    assert together.documents is not None
+    for place, row in enumerate(rows.tolist()):
+        alone = blend.read(np.array([row]), documents=True)
+        assert together.tokens[place].tolist() == alone.tokens[0].tolist()
+        assert together.labels[place].tolist() == alone.labels[0].tolist()
+        held = {int(document) for document in together.documents[place] if document >= 0}
+        assert held == {origin.span.document for origin in blend.describe(row)}
+
+
+@pytest.mark.parametrize("plan", ["concat", "pack"])
+@pytest.mark.parametrize(
+    ("world_size", "micro_batch", "batch"), [(1, 1, 48), (2, 4, 16), (3, 5, 12), (8, 2, 24), (8, 3, 4)]
+)
+def test_same_rows_for_any_ranks_micro_batches_and_batches(
+    folders: list[Path], plan: str, world_size: int, micro_batch: int, batch: int
+) -> None:
+    data = open_sources(settings(folders, plan=plan))
+    reference = rows_of(Loader(blend_of(data), settings(folders, plan=plan), rank=0, world_size=1).batch(40, 48))
+    assert len(reference) == 48
+    config = settings(folders, plan=plan, micro_batch=micro_batch)
+    found = []
+    for first in range(40, 88, batch):
+        for rank in range(world_size):
+            found += rows_of(Loader(blend_of(data), config, rank=rank, world_size=world_size).batch(first, batch))
+    assert found == reference
+
+
+def test_a_ramp_takes_the_same_rows_in_other_portions(folders: list[Path]) -> None:
+    stages = [{"steps": 3, "batch_tokens": 2 * CONTEXT}, {"steps": 2, "batch_tokens": 5 * CONTEXT}]
+    ramped = settings(folders, batch_ramp=stages)
+    loader = Loader(blend_of(open_sources(ramped)), ramped, rank=0, world_size=1)
+    sizes, found = [], []
+    for step in range(1, 8):
+        rows = rows_of(loader.batch(*ramped.rows_of_step(step)))
+        sizes.append(len(rows))
+        found += rows
+    assert sizes == [2, 2, 2, 5, 5, 8, 8]
+    assert found == rows_of(loader.batch(0, 32))
+
+
+def test_every_row_of_a_dataset_once_per_epoch(folders: list[Path]) -> None:
+    """Through what `describe` says: epoch after epoch of the smallest dataset, none of its rows twice."""
+    data = open_sources(settings(folders[1:]))
+    small = data.sources[1]
+    blend = blend_of(data)
+    seen: dict[int, list[int]] = {}
+    for row in range(1200):
+        origins = blend.describe(row)
+        if origins[0].dataset == small.name:
+            seen.setdefault(origins[0].epoch, []).append(origins[0].row)
+    assert len(seen) > 1
+    for epoch in range(len(seen) - 1):
+        assert sorted(seen[epoch]) == list(range(small.plan.rows))
+    assert seen[0] != seen[1]
+
+
+def test_a_dataset_of_an_earlier_phase_is_named_when_it_is_gone(folders: list[Path]) -> None:
+    data = open_sources(settings(folders[:1]))
+    gone = PhaseSource(name="old", digest="0" * 64, settings=SourceConfig(path="data/old"))
+    blend = data.blend([Phase(row=0, sources=(gone,)), Phase(row=10, sources=data.described())])
+    assert len(blend.read(np.arange(10, 20), documents=False)) == 10
+    assert blend.missing(np.arange(20)) == [gone]
+    with pytest.raises(UserError, match=r"row 3 is of old, which is no part of the blend any more \(data/old\)"):
+        blend.describe(3)
+
+
+def test_datasets_that_do_not_fit_together_are_refused(folders: list[Path], tmp_path: Path) -> None:
+    other = make_dataset(tmp_path / "other", tokenizer="chars")
+    with pytest.raises(UserError) as caught:
+        open_sources(settings([folders[0], other]))
+    for word in ("one tokenizer", "part-0: tokenizer ", "other: tokenizer ", "257 tokens"):
+        assert word in str(caught.value)
+    (tmp_path / "copy").symlink_to(folders[0])
+    with pytest.raises(UserError, match="hold the same data"):
+        open_sources(settings([folders[0], tmp_path / "copy"]))
+    huge = settings(folders).model_dump()
+    huge["model"]["context_length"] = huge["train"]["batch_tokens"] = 2**20
+    with pytest.raises(UserError, match=r"part-0 has \d+ training tokens, one row needs 1048577"):
+        open_sources(Config.model_validate(huge))
+
+
+def test_validation_is_each_val_split_once(folders: list[Path]) -> None:
+    config = settings(folders)
+    data = open_sources(config)
+    validation = data.validation(config, rank=0, world_size=1)
+    assert [one.name for one in validation] == ["part-0", "part-2"]
+    for one, number in zip(validation, (0, 2), strict=True):
+        labels = [label for _, row in rows_of(one.loader.batch(0, one.plan.all_rows)) for label in row if label >= 0]
+        split = data.sources[number].dataset.split("val")
+        assert labels == split.tokens(1, split.n_tokens).tolist()
+
+
+def test_names_tell_datasets_apart() -> None:
+    assert unique_names(["data/web", "data/code"]) == ["web", "code"]
+    assert unique_names(["a/web", "b/web", "c"]) == ["a/web", "b/web", "c"]
+    assert unique_names(["a/x/web", "b/x/web"]) == ["a/x/web", "b/x/web"]
+    assert unique_names(["one"]) == ["one"]
