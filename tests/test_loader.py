@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -185,7 +186,7 @@ def test_reading_ahead_gives_the_same_batches_of_changing_size(dataset: Path) ->
 class Scripted:
     """A source that notes what is read and does as it is told."""
 
-    def __init__(self, error: Exception | None = None, *, at: int = -1, seconds: float = 0.0) -> None:
+    def __init__(self, error: Callable[[], Exception] | None = None, *, at: int = -1, seconds: float = 0.0) -> None:
         self.error, self.at, self.seconds = error, at, seconds
         self.seen: list[int] = []
         self.done = threading.Event()
@@ -196,7 +197,7 @@ class Scripted:
         if len(self.seen) == 3:
             self.done.set()
         if self.error is not None and rows[0] >= self.at:
-            raise self.error
+            raise self.error()
         ids = np.repeat(rows[:, None], CONTEXT, axis=1)
         return Rows(ids, ids, documents=None, positions=None)
 
@@ -233,13 +234,15 @@ def test_waiting_is_measured() -> None:
 
 
 def test_an_error_is_raised_where_its_batch_is_taken_and_names_its_rows() -> None:
-    missing = FileNotFoundError(2, "No such file or directory", "data/words/train-00007.bin")
+    def missing() -> OSError:
+        return FileNotFoundError(2, "No such file or directory", "data/words/train-00007.bin")
+
     with ahead_of(Scripted(missing, at=8)) as ahead:
         batches = iter(ahead)
         assert [next(batches).first_row for _ in range(2)] == [0, 4]
         with pytest.raises(UserError, match=r"rows 8 to 11 \(step 2\) cannot be read: .*train-00007.bin"):
             next(batches)
-    with ahead_of(Scripted(ValueError("odd"), at=4)) as ahead:
+    with ahead_of(Scripted(lambda: ValueError("odd"), at=4)) as ahead:
         batches = iter(ahead)
         next(batches)
         with pytest.raises(ValueError, match="odd") as caught:
