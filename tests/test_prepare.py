@@ -540,6 +540,18 @@ def test_damaged_inputs_fail_alone_and_can_be_done_without(corpus: Path) -> None
     assert "c.jsonl.gz" in manifest.failed[0].reason
     there = documents(corpus.parent / "out", "train") + documents(corpus.parent / "out", "val")
     assert set(TEXTS) <= set(there)
+    (corpus.parent / "out" / "manifest.json").unlink()
+    with pytest.raises(Unfinished):
+        run(request(corpus))
+
+
+def test_what_shares_a_unit_with_a_damaged_input_is_kept(corpus: Path) -> None:
+    damage(corpus)
+    manifest, _ = run(request(corpus, allow_failed=True, rules=TextRules()))
+    assert [shard.name for shard in manifest.splits["train"]] == ["train-00000"]
+    assert len(manifest.failed) == 2
+    there = documents(corpus.parent / "out", "train") + documents(corpus.parent / "out", "val")
+    assert set(TEXTS) <= set(there)
 
 
 def test_strict_stops_at_the_first_bad_record(corpus: Path) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.data.corpus import Corpus, check_text_key, find_corpus, read_texts
+from pipeline.data.corpus import Corpus, check_text_key, find_corpus
 from pipeline.data.encoder import Backend, choose_backend
 from pipeline.data.executors import CutEnd, Failure, UnitRun, open_place
 from pipeline.data.finish import manifest_of, no_documents, refuse_empty_split, too_many_bad, write_quarantine
@@ -33,6 +33,7 @@ from pipeline.data.split import SplitRule
 from pipeline.data.survey import (
     FEW_DOCUMENTS,
     Survey,
+    all_texts,
     estimate,
     refuse_small_disk,
     survey,
@@ -58,7 +59,6 @@ def prepare(request: Request, *, console: Console) -> Manifest | None:
     Raises `UserError` for whatever the user can mend, `Unfinished` when units failed, `StoppedEarly` on Ctrl-C;
     committed units are kept.
     """
-    request = replace(request, output=request.output.resolve())
     with _disk_errors(request.output):
         corpus, identity = _corpus(request, console)
         with _writing(request):
@@ -67,7 +67,10 @@ def prepare(request: Request, *, console: Console) -> Manifest | None:
             if complete:
                 console.print(f"already complete: {request.output}", markup=False)
                 return complete
-            return _Preparation(request, corpus, identity, console).run()
+            try:
+                return _Preparation(request, corpus, identity, console).run()
+            except KeyboardInterrupt:
+                raise _stopped("no unit was begun") from None
 
 
 def rehearse(request: Request, *, console: Console) -> None:
@@ -133,7 +136,7 @@ class _Preparation:
         self.place = open_place(request.executor, request.workers)
         self.units = plan_units(corpus.sources, request.rules)
         seen = survey(self.units, request.rules)
-        if not seen.documents and not any(source.held_out for source in corpus.sources):
+        if not (seen.documents or seen.damaged) and not any(source.held_out for source in corpus.sources):
             raise no_documents(seen.rejected, corpus)
         rule = _split_rule(request, seen, corpus, console)
         tokenizer = self._tokenizer()
@@ -141,7 +144,7 @@ class _Preparation:
         if backend == "tokenizers" and reason:
             console.print(f"note: encoding with `tokenizers`: {reason}", markup=False)
         self.settings = UnitSettings(
-            output=self.output,
+            output=self.output.resolve(),  # for workers elsewhere
             rules=request.rules,
             split=rule,
             tokenizer_fingerprint=tokenizer.fingerprint,
@@ -149,6 +152,7 @@ class _Preparation:
             eos_id=tokenizer.eos_id,
             backend=backend,
             strict=request.strict,
+            allow_failed=request.allow_failed,
         )
         self.header = LedgerHeader(
             settings=identity, inputs_digest=self._inputs_digest, tokenizer_fingerprint=tokenizer.fingerprint
@@ -171,6 +175,8 @@ class _Preparation:
             failed = self._do_units()
         finally:
             self._clean()
+        ordered = [self.done[place] for place in sorted(self.done)]
+        failed += [FailedUnit(unit=report.name, reason=reason) for report in ordered for reason in report.failed]
         if failed and not self.request.allow_failed:
             raise Unfinished(
                 f"{len(failed)} of {len(self.units)} units failed, {len(self.done)} are done and kept:"
@@ -180,7 +186,6 @@ class _Preparation:
         self._write_ledger()
         if self.request.share:
             return None
-        ordered = [self.done[place] for place in sorted(self.done)]
         bad = too_many_bad(ordered, self.corpus, max_bad=self.request.max_bad, done=1)
         if bad:
             raise bad
@@ -235,7 +240,8 @@ class _Preparation:
             sizes = {name: info.size for shard in report.shards.values() for name, info in shard.files.items()}
             unit = planned.get(report.unit)
             # parts of a stream bear the key of their stream, for what they hold is known only after reading it
-            if unit and report.key == keys[report.unit] and sizes_agree(self.output, sizes):
+            good = not report.failed or self.request.allow_failed
+            if unit and good and report.key == keys[report.unit] and sizes_agree(self.output, sizes):
                 self.done[report.place] = report
             else:
                 stale.update(report.files())
@@ -272,9 +278,8 @@ class _Preparation:
                         )
                         self._early_verdict()
         except KeyboardInterrupt:
-            command = shlex.join(["python", *sys.argv])
             count = sum(self._is_done(unit) for unit in self.units)
-            raise StoppedEarly(f"stopped: {count} of {len(self.units)} units are done; go on with: {command}") from None
+            raise _stopped(f"{count} of {len(self.units)} units are done") from None
         return sorted(failed, key=lambda unit: unit.unit)
 
     def _cut(self, unit: Unit) -> Iterator[Unit]:
@@ -333,6 +338,10 @@ class _Preparation:
             shutil.rmtree(self.output / SPOOL_NAME, ignore_errors=True)
 
 
+def _stopped(state: str) -> StoppedEarly:
+    return StoppedEarly(f"stopped: {state}; go on with: {shlex.join(['python', *sys.argv])}")
+
+
 def _split_rule(request: Request, seen: Survey, corpus: Corpus, console: Console) -> SplitRule:
     """Whole documents by hash, or the tail of each when there are too few to choose among."""
     if any(source.held_out for source in corpus.sources):
@@ -360,7 +369,7 @@ def _costly(request: Request) -> bool:
 def _make_tokenizer(request: Request, units: Sequence[Unit]) -> TextTokenizer:
     if not needs_corpus(request.tokenizer):
         return load_tokenizer(request.tokenizer, eos=request.eos)
-    texts = read_texts(units, request.rules) if request.tokenizer == "chars" else training_texts(units, request.rules)
+    texts = all_texts(units, request.rules) if request.tokenizer == "chars" else training_texts(units, request.rules)
     return load_tokenizer(request.tokenizer, texts=texts, eos=request.eos)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
@@ -34,18 +34,22 @@ TRAINING_POOL_BYTES = 10 * TRAINING_SAMPLE_BYTES
 
 @dataclass(frozen=True)
 class Survey:
-    """`documents` counts those to train on, up to `FEW_DOCUMENTS`; `sample` is text from all over the corpus."""
+    """`documents` counts those to train on, up to `FEW_DOCUMENTS`; `sample` is text from all over the corpus.
+
+    `damaged`: some of what was looked at could not be read.
+    """
 
     documents: int
     sample: tuple[bytes, ...]
     rejected: tuple[Rejected, ...]
+    damaged: bool
 
 
 def survey(units: Sequence[Unit], rules: TextRules) -> Survey:
-    """Read the beginning of some units. Damaged ones tell nothing; they are found out later."""
-    documents, rejected = 0, []
+    """Read the beginning of some units. What is damaged tells nothing; it is found out later."""
+    documents, rejected, damaged = 0, [], list[str]()
     for unit in units:
-        for record in _readable(unit, rules):
+        for record in _readable(unit, rules, damaged):
             if isinstance(record, Rejected):
                 rejected.append(record)
             else:
@@ -59,25 +63,27 @@ def survey(units: Sequence[Unit], rules: TextRules) -> Survey:
     sample: list[bytes] = []
     for unit in chosen:
         sample += _beginning(unit, rules, SAMPLED_BYTES // len(chosen))
-    return Survey(documents, tuple(sample), tuple(rejected))
+    return Survey(documents, tuple(sample), tuple(rejected), damaged=bool(damaged))
 
 
 def _held_out(unit: Unit, document: Document) -> bool:
     return next(piece.source.held_out for piece in unit.pieces if piece.index == document.source)
 
 
-def _readable(unit: Unit, rules: TextRules) -> Iterator[Document | Rejected]:
-    try:
-        yield from read_unit(unit, rules)
-    except UserError:
-        return
+def _readable(unit: Unit, rules: TextRules, damaged: list[str]) -> Iterator[Document | Rejected]:
+    """The records of a unit but for those that cannot be read, of which `damaged` is told."""
+    for piece in unit.pieces:
+        try:
+            yield from read_unit(replace(unit, pieces=(piece,)), rules)
+        except UserError as error:
+            damaged.append(str(error))
 
 
 def _beginning(unit: Unit, rules: TextRules, limit: int) -> list[bytes]:
     """The first documents of a unit, up to `limit` bytes; of a first one that is longer, its beginning."""
     taken: list[bytes] = []
     left = limit
-    for record in islice(_readable(unit, rules), 10_000):
+    for record in islice(_readable(unit, rules, []), 10_000):
         if isinstance(record, Document):
             content = record.content
             if len(content) > limit:
@@ -138,8 +144,19 @@ def training_texts(units: Sequence[Unit], rules: TextRules) -> list[str]:
             break
         pool.append(unit)
         size += unit.size
-    documents = (record.content for unit in pool for record in _readable(unit, rules) if isinstance(record, Document))
-    return [content.decode() for content in training_sample(documents, TRAINING_SAMPLE_BYTES)]
+    return [content.decode() for content in training_sample(_contents(pool, rules), TRAINING_SAMPLE_BYTES)]
+
+
+def all_texts(units: Sequence[Unit], rules: TextRules) -> Iterator[str]:
+    """The text of every document that can be read."""
+    return (content.decode() for content in _contents(units, rules))
+
+
+def _contents(units: Iterable[Unit], rules: TextRules) -> Iterator[bytes]:
+    for unit in units:
+        for record in _readable(unit, rules, []):
+            if isinstance(record, Document):
+                yield record.content
 
 
 def training_sample(contents: Iterable[bytes], limit: int) -> list[bytes]:

@@ -8,7 +8,7 @@ process.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -20,11 +20,11 @@ import orjson
 import xxhash
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.data.corpus import UnitRows, read_unit
 from pipeline.data.encoder import Backend, Encoder, EncoderMismatch
 from pipeline.data.formats import Document, Rejected, TextRules
 from pipeline.data.manifest import SPLITS, TOKENIZER_NAME, ShardInfo, SplitName, digest_of
 from pipeline.data.plan import Unit
+from pipeline.data.readers import read_piece
 from pipeline.data.shards import DOCUMENT_DTYPE, ShardWriter
 from pipeline.data.split import SplitRule
 from pipeline.data.tokenizer import TextTokenizer
@@ -52,6 +52,7 @@ class UnitSettings:
     eos_id: int
     backend: Backend
     strict: bool
+    allow_failed: bool
 
     def key(self, unit: Unit) -> str:
         """Digest of everything the unit's shards depend on; equal keys mean equal shards.
@@ -59,7 +60,7 @@ class UnitSettings:
         All parts of a stream bear one key, for where they begin and end follows from its source and the rules.
         """
         values = asdict(self)
-        for name in ("output", "backend", "strict"):  # where, how fast and how lenient: not what
+        for name in ("output", "backend", "strict", "allow_failed"):  # where, how fast and how lenient: not what
             del values[name]
         whole = unit.stream or unit.part is not None
         pieces = [
@@ -75,7 +76,8 @@ class UnitReport(BaseModel):
 
     `rows` counts the records of each source, blank lines included; `drops` the rejected ones by reason, of which
     `examples` shows the first; `lowest_draw` is the smallest hash among its documents; `first_sources` are those of
-    the first document of each shard; `mismatch` tells why the unit was encoded by `tokenizers` after all.
+    the first document of each shard; `failed` tells what of its input was done without, `mismatch` why it was
+    encoded by `tokenizers` after all.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -93,7 +95,13 @@ class UnitReport(BaseModel):
     noticed: dict[str, int]
     quarantine: str | None
     lowest_draw: int
+    failed: tuple[str, ...] = ()
     mismatch: str | None = None
+
+    @property
+    def name(self) -> str:
+        """As that of the unit."""
+        return f"{self.unit:05d}" + ("" if self.part is None else f"-{self.part:04d}")
 
     @property
     def place(self) -> tuple[int, int]:
@@ -137,7 +145,7 @@ def prepare_unit(unit: Unit, settings: UnitSettings, *, on_batch: OnBatch | None
 def _write(unit: Unit, settings: UnitSettings, encoder: Encoder, on_batch: OnBatch | None) -> UnitReport:
     held_out = {piece.index: piece.source.held_out for piece in unit.pieces}
     rejected: list[Rejected] = []
-    rows: list[UnitRows] = []
+    reading = _Reading(allow_failed=settings.allow_failed)
     documents, text_bytes, lowest_draw = 0, 0, 2**64 - 1
     split = settings.split
     with ExitStack() as stack:
@@ -145,7 +153,7 @@ def _write(unit: Unit, settings: UnitSettings, encoder: Encoder, on_batch: OnBat
         for name in SPLITS:
             writer = ShardWriter(settings.output, f"{name}-{unit.name}", vocab_size=settings.vocab_size)
             sinks[name] = _Sink(stack.enter_context(writer), encoder, settings.eos_id, on_batch)
-        for record in _records(unit, settings.rules, rows):
+        for record in reading.records(unit, settings.rules):
             if isinstance(record, Rejected):
                 rejected.append(_refused(record, unit, strict=settings.strict))
                 continue
@@ -158,8 +166,7 @@ def _write(unit: Unit, settings: UnitSettings, encoder: Encoder, on_batch: OnBat
                 sinks[part].add(text, record)
         quarantine = _set_aside(unit, settings.output, rejected)
         written = {name: sink.finish() for name, sink in sinks.items()}
-    (counts,) = rows
-    noticed = sum((sink.noticed for sink in sinks.values()), Counter({"invalid bytes replaced": counts.replaced}))
+    noticed = sum((sink.noticed for sink in sinks.values()), Counter({"invalid bytes replaced": reading.replaced}))
     return UnitReport(
         unit=unit.number,
         part=unit.part,
@@ -168,21 +175,37 @@ def _write(unit: Unit, settings: UnitSettings, encoder: Encoder, on_batch: OnBat
         first_sources={name: sink.first_source for name, sink in sinks.items() if written[name]},
         documents=documents,
         text_bytes=text_bytes,
-        rows=counts.rows,
+        rows=reading.rows,
         drops=Counter(record.reason for record in rejected),
         examples=tuple(rejected[:EXAMPLES]),
         noticed={what: count for what, count in noticed.items() if count},
         quarantine=quarantine,
         lowest_draw=lowest_draw,
+        failed=tuple(reading.failed),
     )
 
 
-def _records(unit: Unit, rules: TextRules, rows: list[UnitRows]) -> Generator[Document | Rejected, None, None]:
-    """The records of a unit; what was counted is added to `rows` at the end."""
-    try:
-        rows.append((yield from read_unit(unit, rules)))
-    except UserError as error:
-        raise DamagedInputError(str(error)) from None
+class _Reading:
+    """The records of a unit's pieces, and what was counted of them."""
+
+    def __init__(self, *, allow_failed: bool) -> None:
+        self.allow_failed = allow_failed
+        self.rows: dict[int, int] = {}
+        self.replaced = 0
+        self.failed: list[str] = []
+
+    def records(self, unit: Unit, rules: TextRules) -> Iterator[Document | Rejected]:
+        """All records in order. Raises `DamagedInputError`, or goes on with the next piece if that is allowed."""
+        for piece in unit.pieces:
+            try:
+                counted = yield from read_piece(piece, rules, first=self.rows.get(piece.index, 0))
+            except UserError as error:
+                if not self.allow_failed:
+                    raise DamagedInputError(str(error)) from None
+                self.failed.append(str(error))
+                continue
+            self.replaced += counted.replaced
+            self.rows[piece.index] = self.rows.get(piece.index, 0) + counted.rows
 
 
 def _refused(record: Rejected, unit: Unit, *, strict: bool) -> Rejected:

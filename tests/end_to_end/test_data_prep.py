@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -93,7 +95,6 @@ MISTAKES = {
     "wrong key": (["good.jsonl", "--output", "out", "--text-key", "body"], "has no key 'body'; found 'text'"),
     "empty": (["empty.txt", "--output", "out"], "no document in 1 inputs: all of them are empty"),
     "all bad": (["bad.txt", "--output", "out"], "all 1 records are bad\n  1 x invalid UTF-8"),
-    "truncated": (["cut.jsonl.gz", "--output", "out"], "cut.jsonl.gz: "),
     "too many bad": (["mixed.jsonl", "--output", "out"], "50 of 200 records are bad (25.00%), --max-bad allows 1.00%"),
     "three examples": (["mixed.jsonl", "--output", "out"], "row 8: malformed JSON: {oops"),
     "fraction": (
@@ -105,6 +106,19 @@ MISTAKES = {
     "no such EOS": (["good.jsonl", "--output", "out", "--eos", "</s>"], "has no token '</s>' to end documents with"),
     "output is a file": (["good.jsonl", "--output", "empty.txt"], "cannot write to empty.txt"),
     "output in use": (["good.jsonl", "--output", "."], "holds other files"),
+    "strict": (["mixed.jsonl", "--output", "out", "--strict"], "--strict: "),
+    "share": (["good.jsonl", "--output", "out", "--share", "3/3"], "--share wants I/N with I from 0 to N - 1"),
+    "executor": (["good.jsonl", "--output", "out", "--executor", "x"], "--executor wants dask://HOST:PORT, got 'x'"),
+    "both validations": (
+        ["good.jsonl", "--output", "out", "--val-fraction", "0.1", "--val-input", "mixed.jsonl"],
+        "--val-fraction and --val-input exclude each other",
+    ),
+    "small documents": (
+        ["good.jsonl", "--output", "out", "--max-doc-bytes", "7"],
+        "--max-doc-bytes wants at least 1024",
+    ),
+    "dedup nothing": (["--output", "nowhere", "--dedup", "exact"], "no dataset folder nowhere"),
+    "export nothing": (["--export", "nowhere", "--output", "out"], "no dataset folder nowhere"),
     "verify nothing": (["--verify", "nowhere"], "no dataset folder nowhere"),
     "inspect unfinished": (["--inspect", "."], "is not complete: it has no manifest.json"),
 }
@@ -136,5 +150,72 @@ def test_mistakes_are_one_message_and_exit_code_2(
 def test_help_names_every_flag(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, _ = call("--help", capsys=capsys, monkeypatch=monkeypatch)
     assert code == 0
-    flags = "output tokenizer val-fraction workers text-key exclude text-separator seed eos max-bad inspect verify"
+    flags = """output dry-run tokenizer eos encoder text-key text-separator exclude max-doc-bytes long-documents invalid-utf8
+        val-fraction val-input seed workers executor share max-bad strict allow-failed dedup near-threshold contamination
+        delete-contaminated inspect verify export"""
     assert [flag for flag in flags.split() if f"--{flag}" not in out] == []
+
+
+def lines(number: int) -> bytes:
+    return b"".join(json.dumps({"text": f"text {i} " * 20}).encode() + b"\n" for i in range(number))
+
+
+def test_a_truncated_input_ends_with_exit_code_1_and_can_be_done_without(tmp_path: Path) -> None:
+    (tmp_path / "good.jsonl").write_bytes(lines(150))
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(lines(900))[:-20])
+    arguments = [
+        tmp_path / "good.jsonl",
+        tmp_path / "cut.jsonl.gz",
+        "--output",
+        tmp_path / "out",
+        "--tokenizer",
+        "bytes",
+    ]
+    failed = command(*arguments)
+    assert failed.returncode == 1, failed.stderr
+    assert failed.stderr.startswith("unfinished: 1 of ")
+    assert "cut.jsonl.gz" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    allowed = command(*arguments, "--allow-failed")
+    assert allowed.returncode == 0, allowed.stderr
+    assert "failed: unit 000" in allowed.stdout
+
+
+def test_sigterm_keeps_what_is_done_and_says_how_to_go_on(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines(400_000))
+    arguments = [str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "out"), "--tokenizer", "bytes"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "data_prep.py"), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    ledger = tmp_path / "out" / "ledger.jsonl"
+    deadline = time.monotonic() + 60
+    while not ledger.exists():
+        assert time.monotonic() < deadline, "it did not begin within a minute"
+        time.sleep(0.01)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert re.match(r"stopped: .*; go on with: python .*data_prep.py", err)
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def test_repeated_documents_are_deleted_and_the_rest_exported(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines(150) + lines(40))
+    output = tmp_path / "out"
+    made = command(
+        tmp_path / "a.jsonl", "--output", output, "--tokenizer", "bytes", "--val-fraction", "0.1", "--dedup", "exact"
+    )
+    assert made.returncode == 0, made.stderr
+    assert "deleted: 40 equal and 0 near copies" in made.stdout
+    dataset = open_dataset(output)
+    assert sum(dataset.split(name).n_documents for name in ("train", "val")) == 150
+    assert "whole" in command("--verify", output).stdout
+    again = command("--output", output, "--dedup", "none")
+    assert again.returncode == 0, again.stderr
+    assert open_dataset(output).split("train").n_documents > 130
+    exported = command("--export", output, "--output", tmp_path / "llmc")
+    assert exported.returncode == 0, exported.stderr
+    assert exported.stdout.count("wrote ") == 2
