@@ -77,9 +77,7 @@ def run(
     done_with: Callable[[Unit], None] = lambda unit: None,
 ) -> list[Outcome]:
     place = Place(workers)
-    return list(
-        UnitRun(place, partial(work, folder=folder), cut=cut, skip=done, done_with=done_with).outcomes(units)
-    )
+    return list(UnitRun(place, partial(work, folder=folder), cut=cut, skip=done, done_with=done_with).outcomes(units))
 
 
 def numbers(outcomes: list[Outcome]) -> list[int]:

@@ -29,6 +29,7 @@ FLOORS = {
 MAY_TORCH = {"loader", "objectives"}  # of the data room
 DOORS = {
     "accelerate": {"train/runtime.py"},
+    "distributed": {"data/executors.py"},
     "datasets": {"data/hub.py"},
     "tokenizers": {"data/tokenizer.py"},
     "wandb": set(),
@@ -37,7 +38,7 @@ DOORS = {
     "transformers": set(),
     "pickle": set(),
 }
-ENVIRONMENT = {"train/runtime.py", "data/prepare.py"}  # prepare sets the thread count of its own workers
+ENVIRONMENT = {"train/runtime.py", "data/executors.py"}  # executors sets the thread count of its own workers
 
 
 def modules() -> list[Path]:

@@ -150,9 +150,9 @@ def test_mistakes_are_one_message_and_exit_code_2(
 def test_help_names_every_flag(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, _ = call("--help", capsys=capsys, monkeypatch=monkeypatch)
     assert code == 0
-    flags = """output dry-run tokenizer eos encoder text-key text-separator exclude max-doc-bytes long-documents invalid-utf8
-        val-fraction val-input seed workers executor share max-bad strict allow-failed dedup near-threshold contamination
-        delete-contaminated inspect verify export"""
+    flags = """output dry-run tokenizer eos encoder text-key text-separator exclude max-doc-bytes long-documents
+        invalid-utf8 val-fraction val-input seed workers executor share max-bad strict allow-failed dedup
+        near-threshold contamination delete-contaminated inspect verify export"""
     assert [flag for flag in flags.split() if f"--{flag}" not in out] == []
 
 
