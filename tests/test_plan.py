@@ -19,7 +19,7 @@ from pipeline.data.corpus import find_corpus, read_unit
 from pipeline.data.formats import TEXT_CHUNK_BYTES, Piece, Source, TextRules
 from pipeline.data.plan import Unit, cut_stream, plan_units
 from pipeline.errors import UserError
-from tests.reading import read, read_sources, texts_of
+from tests.reading import drain, read, read_sources, texts_of
 
 GIB = 2**30
 
@@ -169,6 +169,14 @@ def test_parts_that_cannot_be_written_are_not_the_fault_of_the_source(tmp_path: 
     assert next(parts).name == "00000-0000"
     with pytest.raises(FileNotFoundError):
         next(parts)
+
+
+def test_rows_run_on_over_pieces_of_one_source(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(line_of("x") + b"\n" + line_of("y") + line_of("z"))
+    pieces = tuple(piece for unit in plan(tmp_path, rules=TextRules(unit_bytes=1)) for piece in unit.pieces)
+    records, counted = drain(Unit(0, pieces), TextRules())
+    assert [record.row for record in records] == [0, 2, 3]
+    assert counted.rows == {0: 4}
 
 
 def test_row_groups_are_joined_up_to_a_unit(tmp_path: Path) -> None:

@@ -65,8 +65,7 @@ def plan_units(sources: Sequence[Source], rules: TextRules) -> tuple[Unit, ...]:
             groups[-1].append(piece)
             filled += piece.size
         if stream:
-            streams.add(len(groups) - 1)
-            filled = rules.unit_bytes + 1  # nothing joins it
+            streams.add(len(groups) - 1)  # nothing joins it: it is over the size of a unit
     return tuple(Unit(number, tuple(pieces), stream=number in streams) for number, pieces in enumerate(groups))
 
 
