@@ -20,7 +20,7 @@ from pipeline.data.audit import verify
 from pipeline.data.dataset import open_dataset
 from pipeline.data.dedup import Method, choose_bands, deduplicate, find, join, pairs_of_equals
 from pipeline.data.manifest import Counts, Manifest, SplitName, read_manifest
-from pipeline.data.minhash import BINS, signatures
+from pipeline.data.minhash import BINS, signature_path, signatures
 from pipeline.errors import UserError
 from tests.prepared import texts_of, write_dataset
 
@@ -259,6 +259,31 @@ def test_near_copies_of_validation_leave_training_and_never_the_other_way(tmp_pa
     dedup(folder, threshold=0.76)
     assert kept(folder) == [unique]
     assert kept(folder, "val") == [left, right]
+
+
+def test_a_later_document_joins_earlier_ones(tmp_path: Path) -> None:
+    generator = random.Random(12)
+    middle = random_text(generator, 2000)
+    left, right = middle[:1800] + random_text(generator, 200), random_text(generator, 200) + middle[200:]
+    folder = write_dataset(tmp_path / "d", {"train": [[left, right, "other"], [middle]]})
+    dedup(folder, threshold=0.76)
+    assert kept(folder) == [left, "other"]
+
+
+def test_validation_documents_are_compared_even_when_training_connects_them(tmp_path: Path) -> None:
+    """Sketches by hand: each of two is found to be like the third in a band where the other is not."""
+    folder = write_dataset(tmp_path / "d", {"train": [["the third", "another"]], "val": [["the first", "the second"]]})
+    sketches = np.random.default_rng(1).integers(0, 2**16, (4, BINS)).astype(np.uint16)
+    third = sketches[2]
+    _, rows = choose_bands(0.8)
+    sketches[0], sketches[1] = third, third
+    sketches[0][rows], sketches[1][0] = 1, 1  # in the second band, in the first
+    manifest = read_manifest(folder)
+    for split, part in (("val", sketches[:2]), ("train", sketches[2:])):
+        np.save(signature_path(folder, manifest.splits[split][0]), part)
+    dedup(folder)
+    assert kept(folder, "val") == ["the first"]
+    assert kept(folder) == ["another"]
 
 
 def test_the_executor_does_not_matter(tmp_path: Path, planted: list[str]) -> None:
