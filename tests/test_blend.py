@@ -112,6 +112,7 @@ def test_shares_hold_in_every_block_and_over_a_thousand_steps(weights: dict[str,
             assert abs(names[:end].count(name) - end * wanted) < 2
     if len(weights) > 1 and min(weights.values()) > 0.1:  # no pattern: as often alike in a row as chance would have it
         alike = sum(a == b for a, b in pairwise(names)) / len(names)
+        assert len({tuple(names[start : start + BLOCK]) for start in range(0, 11_776, BLOCK)}) == 46
         assert alike == pytest.approx(sum((w / total) ** 2 for w in weights.values()), abs=5 * math.sqrt(0.25 / 12_000))
 
 
@@ -247,8 +248,40 @@ def test_validation_is_each_val_split_once(folders: list[Path]) -> None:
         assert labels == split.tokens(1, split.n_tokens).tolist()
 
 
+def test_the_seed_is_in_the_order_of_rows_and_in_what_is_packed_together(folders: list[Path]) -> None:
+    values = settings(folders[:1], plan="pack").model_dump()
+    plans, orders = [], []
+    for seed in (5, 6):
+        data = open_sources(Config.model_validate({**values, "seed": seed}))
+        plans.append([data.sources[0].plan.spans(row, 0) for row in range(20)])
+        orders.append([origins[0].row for origins in map(blend_of(data).describe, range(20))])
+    assert plans[0] != plans[1]
+    assert orders[0] != orders[1]
+
+
 def test_names_tell_datasets_apart() -> None:
     assert unique_names(["data/web", "data/code"]) == ["web", "code"]
     assert unique_names(["a/web", "b/web", "c"]) == ["a/web", "b/web", "c"]
     assert unique_names(["a/x/web", "b/x/web"]) == ["a/x/web", "b/x/web"]
     assert unique_names(["one"]) == ["one"]
+
+
+@pytest.mark.parametrize("plan", ["concat", "pack"])
+def test_data_of_other_tools_joins_a_blend(folders: list[Path], tmp_path: Path, plan: str) -> None:
+    """Bare ids, as nanoGPT's prepare.py writes them, beside a dataset of ours; both of one tokenizer."""
+    split = open_sources(settings(folders[:1])).sources[0].dataset.split("train")
+    ids = split.tokens(0, split.n_tokens).astype(np.uint16)[100:]
+    ids[: len(ids) * 3 // 4].tofile(tmp_path / "train.bin")
+    ids[len(ids) * 3 // 4 :].tofile(tmp_path / "val.bin")
+    config = settings(folders[1:2], plan=plan).model_dump()
+    config["data"]["sources"] += ({"path": str(tmp_path), "tokenizer": "bytes", "dtype": "uint16"},)
+    data = open_sources(Config.model_validate(config))
+    raw = data.sources[1]
+    assert raw.dataset.split("train").n_tokens == len(ids) * 3 // 4
+    seen = {origin.dataset for row in range(60) for origin in blend_of(data).describe(row)}
+    assert seen == {folders[1].name, tmp_path.name}
+    (one,) = data.validation(Config.model_validate(config), rank=0, world_size=1)
+    assert one.name == tmp_path.name
+    config["data"]["sources"][1]["dtype"] = None
+    with pytest.raises(UserError, match="dtype"):
+        open_sources(Config.model_validate(config))

@@ -115,6 +115,12 @@ def test_explained_is_what_was_seen_through_phases_and_ramps(
     state = json.loads((run / "checkpoints" / "step-00000017" / "state.json").read_text())
     assert [phase["row"] for phase in state["phases"]] == [0, 42, 72]
     assert [(sizes["after"], sizes["row"]) for sizes in state["batches"]] == [(0, 0), (9, 42)]
+    # a fourth start that was killed before its first checkpoint: its settings count from the newest one on
+    settings["data"] = {**settings["data"], **blend(folders, blue=1, green=3)}
+    write_config(run / "config.yaml", {**settings, "train": {**settings["train"], "batch_tokens": 3 * context}})
+    course = read_course(run)
+    assert [phase.row for phase in course.blend.phases] == [0, 42, 72, 90]
+    assert [course.rows(step) for step in (17, 18, 19)] == [range(84, 90), range(90, 93), range(93, 96)]
 
 
 def test_the_command_names_rows_files_and_text(
