@@ -285,6 +285,14 @@ def test_few_documents_hold_out_their_tails(tmp_path: Path, text: str) -> None:
     assert manifest.split_rule == "the last 0.1 of the characters of each document is val, the rest train"
 
 
+def test_the_default_holds_out_some_documents_of_a_small_corpus(corpus: Path) -> None:
+    manifest, _ = run(request(corpus, val_fraction=None))
+    assert "< 0.084 * 2^64" in manifest.split_rule, "20 of 240"
+    write_lines(corpus / "c.jsonl", [f"{i} {text}" for i in range(30) for text in TEXTS])
+    manifest, _ = run(request(corpus, "larger", val_fraction=None, tokenizer="bytes"))
+    assert "< 0.005 * 2^64" in manifest.split_rule
+
+
 def test_no_validation_split_on_request(corpus: Path) -> None:
     manifest, _ = run(request(corpus, val_fraction=0.0))
     assert manifest.splits["val"] == ()

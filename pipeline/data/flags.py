@@ -53,7 +53,7 @@ def parse(arguments: list[str], *, description: str | None) -> argparse.Namespac
 
     add = parser.add_argument_group("validation").add_argument
     add("--val-fraction", type=float, metavar="F",
-        help="held out for validation (default: 0.005, of few documents 0.1)")  # fmt: skip
+        help="held out for validation (default: 0.005; more of small corpora)")  # fmt: skip
     add(
         "--val-input",
         nargs="+",

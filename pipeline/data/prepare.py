@@ -7,6 +7,7 @@ what a ledger records is kept by the next run of the same command, everything el
 from __future__ import annotations
 
 import errno
+import math
 import shlex
 import shutil
 import sys
@@ -46,6 +47,8 @@ from pipeline.files import fsync_folder
 from pipeline.locks import LOCK_NAME, locked, refuse_held
 
 DEFAULT_FRACTION, DEFAULT_TAIL_FRACTION = 0.005, 0.1
+LEAST_HELD_OUT = 20
+"""Documents that the default fraction holds out at least, on average."""
 SMALL_CORPUS_BYTES = 2 * 2**20
 """Below this, `tokenizers` has done the work before another encoder is proven to do the same."""
 SPOOL_NAME = ".spool"
@@ -349,7 +352,8 @@ def _split_rule(request: Request, seen: Survey, corpus: Corpus, console: Console
     if request.val_fraction == 0:
         return SplitRule("none", 0.0, request.seed)
     if seen.documents >= FEW_DOCUMENTS:
-        return SplitRule("hash", request.val_fraction or DEFAULT_FRACTION, request.seed)
+        enough = math.ceil(1000 * LEAST_HELD_OUT / seen.expected) / 1000  # expected; none at all is then out of reach
+        return SplitRule("hash", request.val_fraction or max(DEFAULT_FRACTION, enough), request.seed)
     rule = SplitRule("tail", request.val_fraction or DEFAULT_TAIL_FRACTION, request.seed)
     console.print(f"note: fewer than {FEW_DOCUMENTS} documents ({seen.documents}): {rule.describe()}", markup=False)
     return rule

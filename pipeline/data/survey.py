@@ -25,6 +25,8 @@ from pipeline.errors import UserError
 
 FEW_DOCUMENTS = 100
 """Below this, holding out whole documents by hash would leave the size of the validation split to chance."""
+MANY_DOCUMENTS, LOOKED_AT_BYTES = 4000, 32 * 2**20
+"""Where counting documents ends: what follows is extrapolated."""
 SAMPLED_UNITS = 8
 SAMPLED_BYTES = 256 * 2**10
 TRAINING_SAMPLE_BYTES = 100 * 10**6
@@ -34,36 +36,40 @@ TRAINING_POOL_BYTES = 10 * TRAINING_SAMPLE_BYTES
 
 @dataclass(frozen=True)
 class Survey:
-    """`documents` counts those to train on, up to `FEW_DOCUMENTS`; `sample` is text from all over the corpus.
+    """What the beginning of the corpus shows.
 
-    `damaged`: some of what was looked at could not be read.
+    `documents` are those to train on, as many as were looked at, `expected` the number that follows for the whole
+    corpus; `sample` is text from all over it; `damaged`: some of what was looked at could not be read.
     """
 
     documents: int
+    expected: int
     sample: tuple[bytes, ...]
     rejected: tuple[Rejected, ...]
     damaged: bool
 
 
 def survey(units: Sequence[Unit], rules: TextRules) -> Survey:
-    """Read the beginning of some units. What is damaged tells nothing; it is found out later."""
-    documents, rejected, damaged = 0, [], list[str]()
-    for unit in units:
-        for record in _readable(unit, rules, damaged):
-            if isinstance(record, Rejected):
-                rejected.append(record)
-            else:
-                documents += not _held_out(unit, record)
-            if documents >= FEW_DOCUMENTS:
-                break
-        if documents >= FEW_DOCUMENTS:
+    """Read the beginning of the corpus and of some units. What is damaged tells nothing; it is found out later."""
+    documents, seen, rejected, damaged = 0, 0, [], list[str]()
+    records = ((unit, record) for unit in units for record in _readable(unit, rules, damaged))
+    for unit, record in records:
+        if isinstance(record, Rejected):
+            rejected.append(record)
+        elif not _held_out(unit, record):
+            documents += 1
+            seen += len(record.content)
+        if documents >= MANY_DOCUMENTS or (documents >= FEW_DOCUMENTS and seen >= LOOKED_AT_BYTES):
+            share = seen / sum(unit.size for unit in units)
             break
+    else:
+        share = 1.0
     places = {len(units) * i // SAMPLED_UNITS for i in range(SAMPLED_UNITS)} if units else set()
     chosen = [units[number] for number in sorted(places)]
     sample: list[bytes] = []
     for unit in chosen:
         sample += _beginning(unit, rules, SAMPLED_BYTES // len(chosen))
-    return Survey(documents, tuple(sample), tuple(rejected), damaged=bool(damaged))
+    return Survey(documents, int(documents / share), tuple(sample), tuple(rejected), damaged=bool(damaged))
 
 
 def _held_out(unit: Unit, document: Document) -> bool:
