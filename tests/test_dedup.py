@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import random
+import resource
 import string
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import pairwise
@@ -17,6 +18,7 @@ from rich.console import Console
 
 from pipeline.data import deletion
 from pipeline.data.audit import verify
+from pipeline.data.contamination import check_contamination
 from pipeline.data.dataset import open_dataset
 from pipeline.data.dedup import Method, choose_bands, deduplicate, find, join, pairs_of_equals
 from pipeline.data.manifest import Counts, Manifest, SplitName, read_manifest
@@ -321,6 +323,22 @@ def test_sketches_of_other_content_are_made_again(tmp_path: Path) -> None:
     dedup(other)
     assert kept(other) == [text]
     assert not (other / old.name).exists()
+
+
+def test_many_shards_do_not_need_many_open_files(tmp_path: Path) -> None:
+    """A corpus of 100 GB has more shards than a process may open files."""
+    folder = write_dataset(tmp_path / "d", {"train": [[f"text {number}", "all the same"] for number in range(40)]})
+    text = " ".join(f"w{number}" for number in range(13))
+    (tmp_path / "e.txt").write_text(text)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(int(path.name) for path in Path("/dev/fd").iterdir()) + 12, hard))
+    try:
+        manifest = dedup(folder)
+        check_contamination(folder, [tmp_path / "e.txt"], delete=True, text_key="text", executor=None, console=QUIET)
+        verify(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert manifest.total("train", "documents") == 41
 
 
 # undone, again, killed

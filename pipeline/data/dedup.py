@@ -72,7 +72,8 @@ def deduplicate(
     exact = equal_documents(documents.hashes())
     near = np.zeros(len(exact), np.bool_)
     if method == "near":
-        missing = [shard for shard in documents.shards() if not signature_path(folder, shard.info).exists()]
+        # not a list: done here, each shard closes its files before the next one opens
+        missing = (shard for shard in documents.shards() if not signature_path(folder, shard.info).exists())
         for _ in run_each(executor, write_signatures, missing):
             pass
         near = _near_documents(documents, np.flatnonzero(documents.have_ngrams() & ~exact), threshold)
