@@ -248,10 +248,10 @@ def test_rows_are_chosen_and_joined() -> None:
     for plan in (Pack(split, context_length=T, key=4), Concat(split, context_length=T)):
         whole = read_all(plan)
         order = np.random.default_rng(0).permutation(len(whole))
-        joined = Rows.join([whole[order[:5]], whole[order[5:]]])[np.argsort(order)]
+        joined = Rows.join([whole[order[:5]], whole[order[5:]]], [order[:5], order[5:]])
         for name in ("tokens", "labels", "documents", "positions", "crossing"):
             old, new = getattr(whole, name), getattr(joined, name)
             assert (old is new is None) or np.array_equal(old, new)
     mixed = [read_all(Pack(split, context_length=T, key=4)), read_all(Concat(split, context_length=T))]
     with pytest.raises(AssertionError, match="different kinds of plans"):
-        Rows.join(mixed)
+        Rows.join(mixed, [np.arange(len(part)) for part in mixed])

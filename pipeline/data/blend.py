@@ -102,9 +102,7 @@ class Blend:
         places = [np.flatnonzero(owners == owner) for owner in np.unique(owners).tolist()]
         sources = [self.sources[self._digests[owners[at[0]]]] for at in places]
         parts = [source.read(numbers[at], documents=documents) for source, at in zip(sources, places, strict=True)]
-        if len(parts) == 1:
-            return parts[0]
-        return Rows.join(parts)[np.argsort(np.concatenate(places))]
+        return parts[0] if len(parts) == 1 else Rows.join(parts, places)
 
     def describe(self, row: int) -> list[Origin]:
         """As `RowSource.describe`."""

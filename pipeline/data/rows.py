@@ -8,7 +8,7 @@ Letters: B rows, T positions of a row.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -78,21 +78,25 @@ class Rows:
         )
 
     @staticmethod
-    def join(parts: Sequence[Rows]) -> Rows:
-        """All rows of `parts`, at least one, end to end. They come from plans of one kind and were asked for alike."""
-        return Rows(
-            tokens=np.concatenate([part.tokens for part in parts]),
-            labels=np.concatenate([part.labels for part in parts]),
-            documents=_joined([part.documents for part in parts]),
-            positions=_joined([part.positions for part in parts]),
-            crossing=_joined([part.crossing for part in parts]),
-        )
+    def join(parts: Sequence[Rows], places: Sequence[Indices]) -> Rows:
+        """The rows of `parts`, at least one, each at its place; `places`, (rows of the part,) each, cover 0..B-1.
+
+        The parts come from plans of one kind and were asked for alike.
+        """
+        names = [field.name for field in fields(Rows)]
+        return Rows(**{name: _joined([getattr(part, name) for part in parts], places) for name in names})
 
 
-def _joined(arrays: Sequence[NDArray[Any] | None]) -> NDArray[Any] | None:
+def _joined(arrays: Sequence[NDArray[Any] | None], places: Sequence[Indices]) -> Any:
     given = [array for array in arrays if array is not None]
     assert len(given) in (0, len(arrays)), "rows of different kinds of plans cannot be joined"
-    return np.concatenate(given) if given else None
+    if not given:
+        return None
+    rows = sum(len(at) for at in places)
+    joined = np.empty((rows, *given[0].shape[1:]), dtype=given[0].dtype)
+    for array, at in zip(given, places, strict=True):
+        joined[at] = array
+    return joined
 
 
 class Plan(Protocol):
