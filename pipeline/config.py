@@ -208,7 +208,7 @@ class CheckpointConfig(Section):
     keep_every: PositiveInt | None = None
     """Checkpoints at multiples of this step are kept for ever."""
     allow_changes: bool = False
-    """Go on with optimizer or training settings other than those of the checkpoint."""
+    """Go on with other settings of optimizer and training, datasets or weights than those of the checkpoint."""
 
     def faults(self) -> list[str]:
         """Checkpoints to keep that would never be written."""
