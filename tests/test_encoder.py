@@ -97,12 +97,13 @@ def test_ids_are_those_of_tokenizers(texts: list[str]) -> None:
 @settings(deadline=None, max_examples=150)
 def test_parts_encode_to_the_ids_of_the_whole(tokenizer: TextTokenizer, text: str) -> None:
     assert divisible(tokenizer.definition)
-    parts = list(cut(text.encode(), 1))
-    assert b"".join(parts) == text.encode()
-    if tokenizer is CHARS:
-        text = "".join(c for c in text if c in CHARS.alphabet)  # type: ignore[operator]  # it has one
-        parts = list(cut(text.encode(), 1))
-    assert [i for part in parts for i in plainly(tokenizer, part.decode())] == plainly(tokenizer, text)
+    parts = [part.decode() for part in cut(text.encode(), 1)]
+    assert "".join(parts) == text
+    cutter = tokenizer.tokenizer.pre_tokenizer
+    words = [word for word, _ in cutter.pre_tokenize_str(text)]
+    assert [word for part in parts for word, _ in cutter.pre_tokenize_str(part)] == words
+    if tokenizer is not CHARS:  # it lacks some of these characters
+        assert [i for part in parts for i in plainly(tokenizer, part)] == plainly(tokenizer, text)
 
 
 def test_prose_of_any_script_is_cut_at_its_lines() -> None:
@@ -181,6 +182,28 @@ def test_added_tokens_and_templates_count_as_in_tokenizers() -> None:
     assert ids.tolist() == plainly(tokenizer, text)
 
 
+def test_composing_characters_is_left_to_tokenizers() -> None:
+    tokens = [*TRAINED.definition["added_tokens"], added(400, "<t>"), added(401, "<é>", normalized=True)]
+    tokenizer = changed(TRAINED, normalizer={"type": "NFC"}, added_tokens=tokens)
+    assert choose_backend(tokenizer, [])[0] == "gigatoken"
+    encoder = Encoder(tokenizer, backend="gigatoken")
+    texts = [
+        "e\u0301",
+        "a<t>\u0338b e\u0301",
+        "<e\u0301>",
+        "<\u00e9>",
+        "<t>e\u00e9",
+        "\u09fe\u0325x",
+        "x\u1aeb\u0301y",
+        "\ud55c",
+    ]
+    texts += [f"x{chr(code)}\u0325\u0301y" for code in range(0x300, 0x20000, 7) if not 0xD800 <= code < 0xE000]
+    ids, lengths = encoder.encode([text.encode() for text in texts])
+    got = [part.tolist() for part in np.split(ids, np.cumsum(lengths))][:-1]
+    assert got == [plainly(tokenizer, text) for text in texts]
+    assert got[0] == plainly(TRAINED, "\u00e9")
+
+
 def test_gigatoken_is_refused_where_it_differs(monkeypatch: pytest.MonkeyPatch) -> None:
     whole_words = changed(
         TRAINED, added_tokens=[*TRAINED.definition["added_tokens"], added(400, "<t>", single_word=True)]
@@ -192,7 +215,10 @@ def test_gigatoken_is_refused_where_it_differs(monkeypatch: pytest.MonkeyPatch) 
         choose_backend(whole_words, [], asked="gigatoken")
     backend, reason = choose_backend(changed(TRAINED, normalizer={"type": "Lowercase"}), [])
     assert backend == "tokenizers"
-    assert "gigatoken fails: Unsupported normalizer" in reason
+    assert "may normalize text otherwise (Lowercase)" in reason
+    for normalizers in ([{"type": "NFC"}], [{"type": "Prepend", "prepend": "_"}, {"type": "NFC"}]):
+        sequence = changed(TRAINED, normalizer={"type": "Sequence", "normalizers": normalizers})
+        assert "may normalize text otherwise (Sequence)" in choose_backend(sequence, [])[1]
     random_merges = changed(TRAINED, model={**TRAINED.definition["model"], "dropout": 0.5})
     assert "dropout" in choose_backend(random_merges, [])[1]
     monkeypatch.setitem(sys.modules, "gigatoken", None)

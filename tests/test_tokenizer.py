@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tiktoken_ext import openai_public
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from pipeline.data.tokenizer import EOS, TextTokenizer, load_tokenizer
+from pipeline.data import tokenizer_files
+from pipeline.data.nasty import NASTY as WORSE
+from pipeline.data.tokenizer import EOS, TextTokenizer, check_tokenizer_name, load_tokenizer
 from pipeline.errors import UserError
 
 NASTY = [
@@ -146,18 +154,203 @@ def test_eos_is_found_chosen_or_asked_for(tmp_path: Path) -> None:
         ("train:many", "wants a number of tokens of at least 257"),
         ("train:256", "wants a number of tokens of at least 257"),
         ("tokenizer.jsn/none.json", "no tokenizer file"),
+        ("train:", "wants a number of tokens of at least 257"),
+        ("train:³²⁰", "wants a number of tokens of at least 257"),
+        ("nowhere/tokens.tiktoken", "no tokenizer file"),
+        ("./folder", "no tokenizer file folder"),
         ("broken.json", "cannot read the tokenizer"),
+        ("sentence.model", "a SentencePiece model must be converted"),
+        ("own.tiktoken", "must be that of a published encoding, gpt2.tiktoken, r50k_base.tiktoken, .*o200k_base"),
+        ("gpt3.tiktoken", "did you mean 'gpt2'"),
+        ("r50k_base.tiktoken", "r50k_base.tiktoken:2 is not a line of a tiktoken rank file.*got b'!!!"),
+        ("p50k_base.tiktoken", "255 of the 256 single bytes have no rank"),
+        ("cl100k_base.tiktoken", "the rank 100257, kept for <|endoftext|>, is b'ab'"),
+        ("o200k_base.tiktoken", "two tokens share a rank"),
+        ("byte", "unknown tokenizer 'byte'; did you mean bytes"),
+        ("Chars", "did you mean chars"),
+        ("char", "did you mean chars"),
+        ("train", "did you mean train:N with a number of tokens"),
+        ("train32000", "did you mean train:N with a number of tokens"),
+        ("trian:500", "did you mean train:N with a number of tokens"),
+        ("a b", "unknown tokenizer 'a b'; wanted: chars, bytes, train:N"),
+        ("a/b/c", "unknown tokenizer 'a/b/c'"),
         ("other.json", "has no 'model'"),
-        ("odd.json", "is not a tokenizer.json that `tokenizers` understands"),
     ],
 )
 def test_bad_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "other.json").write_text("{}")
-    (tmp_path / "odd.json").write_text('{"model": {"type": "Unheard"}}')
+    (tmp_path / "sentence.model").write_bytes(b"\n\x0e\n\x05<unk>\xff")
+    whole = {bytes([value]): value for value in range(256)}
+    for file, ranks in {
+        "own": whole,
+        "gpt3": whole,
+        "p50k_base": {b"a": 0},
+        "cl100k_base": {**whole, b"ab": 100257},
+        "o200k_base": {**whole, b"ab": 7},
+    }.items():
+        write_ranks(tmp_path / f"{file}.tiktoken", ranks)
+    (tmp_path / "r50k_base.tiktoken").write_bytes(b"IQ== 0\n!!! 1\n")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tokenizer_files, "_hub_file", lambda name: pytest.fail(f"asked the hub for {name}"))
+    message = message.replace("|", r"\|")
+    with pytest.raises(UserError, match=message):
+        check_tokenizer_name(name)
     with pytest.raises(UserError, match=message):
         load_tokenizer(name)
+
+
+def test_good_names_pass_without_corpus_or_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_files, "_hub_file", lambda name: pytest.fail(f"asked the hub for {name}"))
+    TRAINED.save(tmp_path / "tokenizer.json")
+    write_ranks(tmp_path / "gpt2.tiktoken", {bytes([value]): value for value in range(256)})
+    files = (str(tmp_path), str(tmp_path / "tokenizer.json"), str(tmp_path / "gpt2.tiktoken"))
+    for name in ("bytes", "chars", "train:257", "gpt2", "bert-base-uncased", "t5-small", "Qwen/Qwen3-8B", *files):
+        check_tokenizer_name(name)
+
+
+def test_a_definition_that_tokenizers_rejects(tmp_path: Path) -> None:
+    (tmp_path / "odd.json").write_text('{"model": {"type": "Unheard"}}')
+    with pytest.raises(UserError, match=r"is not a tokenizer.json that `tokenizers` understands"):
+        load_tokenizer(str(tmp_path / "odd.json"))
+
+
+def write_ranks(path: Path, ranks: dict[bytes, int]) -> None:
+    path.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks.items()))
+
+
+def trained_ranks() -> dict[bytes, int]:
+    """Ranks of a small BPE over words with many repeated letters and white space, where the order of merges shows."""
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+    )
+    bpe = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split("|", behavior="removed")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    letters = [
+        "ab" * n + "a" * m + "|" + " " * n + "\n" * m + "|" + "ba" * m + "b" * n for n in range(9) for m in range(9)
+    ]
+    letters += ["\n" * n + " " * m + "|" + "'\u017f'S" * n for n in range(9) for m in range(9)]
+    bpe.train_from_iterator([*letters, *(text.replace(" ", "| ") for text in (*CORPUS, *WORSE))], trainer=trainer)
+    byte_of = {symbol: value for value, symbol in enumerate(tokenizer_files.byte_symbols())}
+    tokens = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
+    ranks = {bytes(byte_of[symbol] for symbol in token): rank for token, rank in tokens}
+    # a word that no merge reaches, and words that (?i:'s) cuts in two
+    return ranks | {b"jqxzj": len(ranks), b"'Sab": len(ranks) + 1, "'\u017fab".encode(): len(ranks) + 2}
+
+
+def published_pattern(encoding: Callable[[], dict[str, Any]]) -> str:
+    """The pattern of a published encoding, without fetching its ranks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: {})
+        return str(encoding()["pat_str"])
+
+
+RANKS = trained_ranks()
+PATTERNS = {
+    "gpt2": openai_public.r50k_pat_str,
+    "p50k_base": openai_public.r50k_pat_str,
+    "cl100k_base": published_pattern(openai_public.cl100k_base),
+    "o200k_base": published_pattern(openai_public.o200k_base),
+}
+TIKTOKEN: dict[str, tuple[tiktoken.Encoding, TextTokenizer]] = {}
+
+
+@pytest.fixture(scope="module")
+def tiktoken_pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[tiktoken.Encoding, TextTokenizer]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    for name, pattern in PATTERNS.items():
+        write_ranks(folder / f"{name}.tiktoken", RANKS)
+        theirs = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=RANKS, special_tokens={})
+        TIKTOKEN[name] = theirs, load_tokenizer(str(folder / f"{name}.tiktoken"))
+    return TIKTOKEN
+
+
+SPACES = st.lists(st.sampled_from([*" \n\r\tab'stSAÉé1.,!\u3000\x85日\u017f\u0301", "jqxzj"]), max_size=30).map("".join)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@given(text=SPACES | ANY_TEXT | st.text("ab", max_size=40))
+@settings(deadline=None, max_examples=300)
+def test_rank_files_give_the_ids_of_tiktoken(
+    tiktoken_pairs: dict[str, tuple[tiktoken.Encoding, TextTokenizer]], name: str, text: str
+) -> None:
+    theirs, ours = tiktoken_pairs[name]
+    assert ours.encode(text) == theirs.encode_ordinary(text)
+    assert ours.decode(ours.encode(text)) == text
+
+
+def test_rank_files_bring_their_special_tokens(
+    tiktoken_pairs: dict[str, tuple[tiktoken.Encoding, TextTokenizer]],
+) -> None:
+    for theirs, ours in tiktoken_pairs.values():
+        for text in (*NASTY, *WORSE, "'Sab", "x'\u017fab", "jqxzj"):
+            assert ours.encode(text) == theirs.encode_ordinary(text)
+    found = {name: (ours.eos_token, ours.eos_id, ours.vocab_size) for name, (_, ours) in tiktoken_pairs.items()}
+    assert found == {
+        "gpt2": (EOS, 50256, 50257),
+        "p50k_base": (EOS, 50256, 50257),
+        "cl100k_base": (EOS, 100257, 100277),
+        "o200k_base": (EOS, 199999, 200019),
+    }
+    o200k = tiktoken_pairs["o200k_base"][1]
+    assert o200k.decode([200018]) == "<|endofprompt|>"
+
+
+def test_a_token_that_merging_cannot_reach_is_still_a_word() -> None:
+    ranks = {bytes([value]): value for value in range(256)} | {b"abc": 256, b"cd": 257, b"bcd": 258}
+    assert list(tokenizer_files.recover_merges(ranks)) == [(b"c", b"d"), (b"b", b"cd")]
+
+
+def cache_of_the_hub(folder: Path, name: str, content: bytes) -> None:
+    """What a download leaves behind, as the hub's client documents it."""
+    model, commit = folder / f"models--{name.replace('/', '--')}", "0" * 40
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text(commit)
+    (model / "snapshots" / commit).mkdir(parents=True)
+    (model / "snapshots" / commit / "tokenizer.json").write_bytes(content)
+
+
+def test_a_cached_tokenizer_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *_, **__: pytest.fail("asked the network"))
+    cache_of_the_hub(tmp_path, "owner/name", TRAINED.definition_json)
+    assert load_tokenizer("owner/name").fingerprint == TRAINED.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            lambda: OSError("Name or service not known"),
+            r"(?s)Name or service not known.*--tokenizer PATH/tokenizer.json",
+        ),
+        (lambda: missing_file(), "has no tokenizer.json; convert its tokenizer"),
+    ],
+)
+def test_the_hub_is_asked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Callable[[], Exception], message: str
+) -> None:
+    asked: list[str] = []
+
+    def unreachable(url: str, *, timeout: float) -> None:
+        assert timeout <= 10
+        asked.append(url)
+        raise error()
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", unreachable)
+    started = time.monotonic()
+    with pytest.raises(UserError, match=message):
+        load_tokenizer("no-such/name")
+    assert asked == ["https://huggingface.co/no-such/name/resolve/main/tokenizer.json"]
+    assert time.monotonic() - started < 5
+
+
+def missing_file() -> Exception:
+    from huggingface_hub.errors import EntryNotFoundError
+
+    return EntryNotFoundError("404")
 
 
 def test_an_unreachable_hub_says_what_to_try(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,10 @@ RELOAD_BYTES = 2**30 if sys.platform == "linux" else 2**26
 """Text after which it is loaded anew in any case; sooner where the system does not tell the size of the process."""
 
 
+_BEYOND_LATIN = re.compile(rb"[\xcc-\xf4]")
+"""A character from U+0300 on, by its first byte. All before it are in the composed form NFC, for good."""
+
+
 class EncoderMismatch(Exception):  # noqa: N818 - the name says what happened
     """gigatoken failed, or gave other ids than `tokenizers`: encode the unit again with backend "tokenizers"."""
 
@@ -100,10 +104,7 @@ class Encoder:
 
     def special_text(self, contents: Iterable[bytes]) -> int:
         """How many documents hold the text of a special token. It is encoded as text; this is for the record."""
-        return sum(
-            any(start in content and pattern.search(content) for start, pattern in self._specials)
-            for content in contents
-        )
+        return sum(_holds(self._specials, content) for content in contents)
 
     def _batches(self, contents: Sequence[bytes]) -> Iterator[tuple[list[bytes], list[int]]]:
         """Pieces of the documents, in order, about `BATCH_BYTES` at a time, and whose they are."""
@@ -162,8 +163,12 @@ class _Native:
     """gigatoken, loaded when first needed and again before its cache grows large."""
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
-        self._definition = gigatoken_definition(tokenizer.definition)
-        self._known = [text.encode() for text in nasty_texts(tokenizer.definition)]
+        definition = tokenizer.definition
+        self._tokenizer = tokenizer
+        self._composes = (definition.get("normalizer") or {}).get("type") == "NFC"
+        self._added = _by_prefix(added_tokens(definition, special=False))
+        self._definition = gigatoken_definition(definition)
+        self._known = [text.encode() for text in nasty_texts(definition)]
         self._expected = reference(tokenizer, self._known)
         self._encode: Callable[[bytes], NDArray[np.uint32]] | None = None
         self._bytes = self._grown = self._resident = 0  # since loading; the last is what the process held then
@@ -172,7 +177,7 @@ class _Native:
         """Ids of each piece; `EncoderMismatch` if gigatoken fails."""
         encode = self._encode = self._encode or self._load()
         before = _resident_bytes()
-        encoded = _guard(lambda: [encode(piece) for piece in pieces])
+        encoded = _guard(lambda: [self._ids(encode, piece) for piece in pieces])
         after = _resident_bytes()
         self._bytes += sum(map(len, pieces))
         self._grown += max(0, after - before)
@@ -181,11 +186,22 @@ class _Native:
             self._encode = None
         return encoded
 
+    def _ids(self, encode: Callable[[bytes], NDArray[np.uint32]], piece: bytes) -> NDArray[np.uint32]:
+        if not self._composes or piece.isascii() or _BEYOND_LATIN.search(piece) is None:
+            return encode(piece)
+        # Rare marks are ordered differently by gigatoken, whose table of Unicode is newer, so NFC is left to the
+        # reference. Added tokens are looked for before it, and ended by it: text that holds one is not ours.
+        composed = self._tokenizer.tokenizer.normalizer.normalize_str(piece.decode()).encode()
+        if _holds(self._added, piece) or _holds(self._added, composed):
+            return reference(self._tokenizer, [piece])[0]
+        return encode(composed)
+
     def _load(self) -> Callable[[bytes], NDArray[np.uint32]]:
         """Checked each time: this may be another machine than the one that chose gigatoken, with other instructions."""
         _return_freed_memory()
         encode = _guard(lambda: _load_gigatoken(self._definition))
-        if fault := _difference(self._known, _guard(lambda: [encode(text) for text in self._known]), self._expected):
+        known = _guard(lambda: [self._ids(encode, text) for text in self._known])
+        if fault := _difference(self._known, known, self._expected):
             raise EncoderMismatch(fault)
         self._bytes, self._grown, self._resident = 0, 0, _resident_bytes()
         return encode
@@ -215,6 +231,8 @@ def gigatoken_definition(definition: dict[str, Any]) -> str:
         # without merges every byte is a token however text is cut into words; this is a way that gigatoken knows
         words = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     changes = {"added_tokens": added_tokens(definition, special=False), "pre_tokenizer": words, "post_processor": None}
+    if (definition.get("normalizer") or {}).get("type") == "NFC":
+        changes["normalizer"] = None  # left to `tokenizers`
     return json.dumps({**definition, **changes})
 
 
@@ -225,6 +243,8 @@ def _unfit(tokenizer: TextTokenizer, sample: Sequence[bytes]) -> str | None:
         return "gigatoken knows no vocabularies of characters"
     if definition["model"].get("dropout"):
         return "its merges are drawn at random (dropout)"
+    if unknown := sorted(_normalizers(definition.get("normalizer")) - {"NFC", "Prepend", "Replace"}):
+        return f"gigatoken may normalize text otherwise ({', '.join(unknown)})"
     try:
         native = _Native(tokenizer)
         for pieces in _trial(definition, sample):
@@ -235,6 +255,16 @@ def _unfit(tokenizer: TextTokenizer, sample: Sequence[bytes]) -> str | None:
     except EncoderMismatch as error:
         return str(error)
     return None
+
+
+def _normalizers(normalizer: dict[str, Any] | None) -> set[str]:
+    """Types of the normalizers of a definition; NFC counts as `Sequence` unless it is the only one."""
+    if normalizer is None:
+        return set()
+    if normalizer["type"] != "Sequence":
+        return {normalizer["type"]}
+    inner = set().union(*map(_normalizers, normalizer["normalizers"]))
+    return {"Sequence"} if "NFC" in inner else inner
 
 
 def _trial(definition: dict[str, Any], sample: Sequence[bytes]) -> Iterator[list[bytes]]:
@@ -279,6 +309,10 @@ def _by_prefix(tokens: Sequence[dict[str, Any]]) -> list[tuple[bytes, re.Pattern
         content = token["content"].encode()
         groups.setdefault(content[:2], []).append(content)
     return [(start, re.compile(b"|".join(map(re.escape, group)))) for start, group in groups.items()]
+
+
+def _holds(groups: list[tuple[bytes, re.Pattern[bytes]]], content: bytes) -> bool:
+    return any(start in content and pattern.search(content) for start, pattern in groups)
 
 
 def _resident_bytes() -> int:
