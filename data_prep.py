@@ -22,12 +22,13 @@ from rich.console import Console
 
 from pipeline.data.audit import inspect, verify
 from pipeline.data.contamination import check_contamination
+from pipeline.data.decide import rehearse
 from pipeline.data.dedup import deduplicate
 from pipeline.data.executors import open_place
 from pipeline.data.export_llmc import export_llmc
 from pipeline.data.flags import output_of, parse, request_of
 from pipeline.data.manifest import SPLITS, Manifest, read_manifest
-from pipeline.data.prepare import prepare, rehearse
+from pipeline.data.prepare import prepare
 from pipeline.errors import run_command
 
 

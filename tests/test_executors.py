@@ -75,9 +75,14 @@ def run(
     cut: Callable[[Unit], Iterator[Unit]] = lambda unit: iter(()),
     done: Callable[[Unit], bool] = lambda unit: False,
     done_with: Callable[[Unit], None] = lambda unit: None,
+    recover: Callable[[Unit], UnitReport | None] = lambda unit: None,
 ) -> list[Outcome]:
     place = Place(workers)
-    return list(UnitRun(place, partial(work, folder=folder), cut=cut, skip=done, done_with=done_with).outcomes(units))
+    return list(
+        UnitRun(place, partial(work, folder=folder), cut=cut, skip=done, done_with=done_with, recover=recover).outcomes(
+            units
+        )
+    )
 
 
 def numbers(outcomes: list[Outcome]) -> list[int]:

@@ -29,10 +29,11 @@ from tokenizers import Tokenizer
 
 from pipeline.data.audit import verify
 from pipeline.data.dataset import open_dataset
+from pipeline.data.decide import rehearse
 from pipeline.data.encoder import Encoder, EncoderMismatch
 from pipeline.data.formats import TextRules
 from pipeline.data.manifest import Manifest, SplitName
-from pipeline.data.prepare import prepare, rehearse
+from pipeline.data.prepare import prepare
 from pipeline.data.request import Request
 from pipeline.data.survey import training_sample
 from pipeline.errors import StoppedEarly, Unfinished, UserError

@@ -128,7 +128,11 @@ Outcome = UnitReport | Failure | CutEnd
 
 
 class UnitRun:
-    """Does units on a place. `cut` turns a stream unit into the units of its parts; `skip` says which are done."""
+    """Does units on a place.
+
+    `cut` turns a stream unit into the units of its parts; `skip` says which are done; `done_with` is told of parts
+    that are no longer needed; `recover` finds the report of a unit that was finished but not heard of.
+    """
 
     def __init__(
         self,
@@ -138,8 +142,10 @@ class UnitRun:
         cut: Callable[[Unit], Iterator[Unit]],
         skip: Callable[[Unit], bool],
         done_with: Callable[[Unit], None],
+        recover: Callable[[Unit], UnitReport | None],
     ) -> None:
-        self.place, self.work, self.cut, self.skip, self.done_with = place, work, cut, skip, done_with
+        self.place, self.work, self.cut, self.skip = place, work, cut, skip
+        self.done_with, self.recover = done_with, recover
         self._waiting: deque[Unit] = deque()
         self._cutting = 0
         self._events: SimpleQueue[Any] = SimpleQueue()
@@ -158,8 +164,8 @@ class UnitRun:
             while self._waiting or self._cutting:
                 with self.place.open() as executor:
                     suspects = yield from self._until_a_worker_dies(executor)
-                for unit in suspects:
-                    yield self._finished(unit, self._alone(unit))
+                for unit in suspects:  # its worker may have finished it before another one died
+                    yield self._finished(unit, self.recover(unit) or self._alone(unit))
         finally:
             self._stopping.set()
             cutters.shutdown(cancel_futures=True)

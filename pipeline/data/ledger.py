@@ -2,7 +2,8 @@
 
 In: reports of committed units. Out: after any interruption, those that still hold. A ledger is a header (what
 the units were made for) and one line per unit, each written after its shards are durable. `ledger.jsonl` is that of
-a whole preparation; processes that take a share each have one of their own.
+a whole preparation; processes that take a share each have one of their own. Between the end of a unit, in whichever
+process, and its line in the ledger, `report-NAME.json` stands for it: no finished unit is done again after a kill.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.data.unit import UnitReport
+from pipeline.data.unit import UnitReport, report_path
 from pipeline.files import write_durably
 
 LEDGER_NAME = "ledger.jsonl"
@@ -81,6 +82,23 @@ def ledgers(folder: Path) -> list[Ledger]:
         ledger.path = path
         found.append(ledger)
     return found
+
+
+def unrecorded(folder: Path) -> list[UnitReport]:
+    """Reports of finished units that did not get into a ledger any more."""
+    return [report for path in sorted(folder.glob("report-*.json")) if (report := _report(path))]
+
+
+def finished(folder: Path, name: str) -> UnitReport | None:
+    """The report of one such unit, if it was finished."""
+    return _report(report_path(folder, name))
+
+
+def _report(path: Path) -> UnitReport | None:
+    try:
+        return UnitReport.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
 
 
 def headers(folder: Path) -> Iterator[LedgerHeader]:

@@ -7,13 +7,11 @@ what a ledger records is kept by the next run of the same command, everything el
 from __future__ import annotations
 
 import errno
-import math
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -21,36 +19,22 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.data.corpus import Corpus, check_text_key, find_corpus
-from pipeline.data.encoder import Backend, choose_backend
+from pipeline.data.corpus import Corpus
+from pipeline.data.decide import corpus_of, encoder_for, free_bytes, make_tokenizer, split_rule
 from pipeline.data.executors import CutEnd, Failure, UnitRun, open_place
 from pipeline.data.finish import manifest_of, no_documents, refuse_empty_split, too_many_bad, write_quarantine
-from pipeline.data.ledger import Entry, Ledger, LedgerHeader, StreamEnd, ledgers
+from pipeline.data.ledger import Entry, Ledger, LedgerHeader, StreamEnd, finished, ledgers, unrecorded
 from pipeline.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, FailedUnit, Manifest, digest_of, write_manifest
 from pipeline.data.plan import Unit, cut_stream, plan_units
 from pipeline.data.progress import UnitProgress
 from pipeline.data.request import Request, complete_manifest, refuse_foreign, sizes_agree
-from pipeline.data.split import SplitRule
-from pipeline.data.survey import (
-    FEW_DOCUMENTS,
-    Survey,
-    all_texts,
-    estimate,
-    refuse_small_disk,
-    survey,
-    training_texts,
-)
-from pipeline.data.tokenizer import TextTokenizer, load_tokenizer, needs_corpus
-from pipeline.data.unit import UnitReport, UnitSettings, prepare_unit
+from pipeline.data.survey import estimate, refuse_small_disk, survey
+from pipeline.data.tokenizer import TextTokenizer
+from pipeline.data.unit import UnitReport, UnitSettings, prepare_unit, report_path
 from pipeline.errors import StoppedEarly, Unfinished, UserError
 from pipeline.files import fsync_folder
 from pipeline.locks import LOCK_NAME, locked, refuse_held
 
-DEFAULT_FRACTION, DEFAULT_TAIL_FRACTION = 0.005, 0.1
-LEAST_HELD_OUT = 20
-"""Documents that the default fraction holds out at least, on average."""
-SMALL_CORPUS_BYTES = 2 * 2**20
-"""Below this, `tokenizers` has done the work before another encoder is proven to do the same."""
 SPOOL_NAME = ".spool"
 EARLY_VERDICT_RECORDS = 10_000
 """Records after which a corpus may be found too bad before its end."""
@@ -63,7 +47,7 @@ def prepare(request: Request, *, console: Console) -> Manifest | None:
     committed units are kept.
     """
     with _disk_errors(request.output):
-        corpus, identity = _corpus(request, console)
+        corpus, identity = corpus_of(request, console)
         with _writing(request):
             refuse_foreign(request.output, identity)
             complete = complete_manifest(request.output, corpus)
@@ -74,42 +58,6 @@ def prepare(request: Request, *, console: Console) -> Manifest | None:
                 return _Preparation(request, corpus, identity, console).run()
             except KeyboardInterrupt:
                 raise _stopped("no unit was begun") from None
-
-
-def rehearse(request: Request, *, console: Console) -> None:
-    """`--dry-run`: plan, encode a sample, and say what the preparation would come to. Writes nothing."""
-    corpus, _ = _corpus(request, console)
-    units = plan_units(corpus.sources, request.rules)
-    seen = survey(units, request.rules)
-    rule = _split_rule(request, seen, corpus, console)
-    size = sum(unit.size for unit in units)
-    tokenizer = _make_tokenizer(replace(request, tokenizer="bytes") if _costly(request) else request, units)
-    backend, reason = _backend(request, tokenizer, seen, units)
-    expected = estimate(seen.sample, size, tokenizer=tokenizer, backend=backend, workers=request.workers)
-    for line in (
-        f"{len(corpus.sources):,} inputs, {len(units):,} units, about {size / 1e6:,.1f} MB of text",
-        f"split: {rule.describe()}",
-        f"encoder: {backend}" + (f" ({reason})" if reason else ""),
-        f"tokens: at most {size:,}, known once {request.tokenizer} is made"
-        if _costly(request)
-        else f"tokens: about {expected.tokens:,}; disk: about {expected.disk_bytes / 1e6:,.1f} MB; "
-        f"encoding: about {expected.seconds:,.0f} s with {request.workers} workers",
-        f"free on the disk: {_free(request.output) / 1e6:,.1f} MB",
-        "nothing was written",
-    ):
-        console.print(line, markup=False)
-
-
-def _corpus(request: Request, console: Console) -> tuple[Corpus, dict[str, Any]]:
-    """What the inputs come to, checked, and the identity of the dataset they make."""
-    request.check()
-    corpus = find_corpus(
-        request.inputs, exclude=request.exclude, output=request.output.resolve(), held_out=request.val_inputs
-    )
-    for note in corpus.notes:
-        console.print(f"note: {note}", markup=False)
-    check_text_key(corpus.sources, request.rules.key)
-    return corpus, request.identity(corpus)
 
 
 @contextmanager
@@ -141,9 +89,9 @@ class _Preparation:
         seen = survey(self.units, request.rules)
         if not (seen.documents or seen.damaged) and not any(source.held_out for source in corpus.sources):
             raise no_documents(seen.rejected, corpus)
-        rule = _split_rule(request, seen, corpus, console)
+        rule = split_rule(request, seen, corpus, console)
         tokenizer = self._tokenizer()
-        backend, reason = _backend(request, tokenizer, seen, self.units)
+        backend, reason = encoder_for(request, tokenizer, seen, self.units)
         if backend == "tokenizers" and reason:
             console.print(f"note: encoding with `tokenizers`: {reason}", markup=False)
         self.settings = UnitSettings(
@@ -215,7 +163,7 @@ class _Preparation:
                 vouched = header and (header.inputs_digest, header.tokenizer_fingerprint)
                 if vouched == (self._inputs_digest, saved.fingerprint):
                     return saved
-        return _make_tokenizer(self.request, self.units)
+        return make_tokenizer(self.request, self.units)
 
     def _mine(self) -> list[Unit]:
         """The units of this share, or all."""
@@ -236,6 +184,7 @@ class _Preparation:
         planned = {unit.number: unit for unit in self.units}
         keys = {unit.number: self.settings.key(unit) for unit in self.units}
         entries: list[Entry] = [entry for ledger in ledgers(self.output) for entry in ledger.read()[1]]
+        entries += unrecorded(self.output)
         self.ends = {e.stream: e for e in entries if isinstance(e, StreamEnd) and keys.get(e.stream) == e.key}
         reports = [entry for entry in entries if isinstance(entry, UnitReport)]
         stale: set[str] = set()
@@ -267,7 +216,14 @@ class _Preparation:
                 work = partial(prepare_unit, settings=self.settings)
                 if self.place.at_once == 1:
                     work = partial(work, on_batch=progress.on_batch)
-                run = UnitRun(self.place, work, cut=self._cut, skip=self._is_done, done_with=self._drop_part)
+                run = UnitRun(
+                    self.place,
+                    work,
+                    cut=self._cut,
+                    skip=self._is_done,
+                    done_with=self._drop_part,
+                    recover=self._recover,
+                )
                 for outcome in run.outcomes(todo):
                     if isinstance(outcome, Failure):
                         failed.append(FailedUnit(unit=outcome.unit.name, reason=outcome.reason))
@@ -290,6 +246,10 @@ class _Preparation:
         (self.output / SPOOL_NAME).mkdir(exist_ok=True)
         yield from cut_stream(unit, self.request.rules, into=partial(self._spooled, unit.number))
 
+    def _recover(self, unit: Unit) -> UnitReport | None:
+        report = finished(self.output, unit.name)
+        return report if report and report.key == self.settings.key(unit) else None
+
     def _spooled(self, stream: int, part: int) -> Path:
         return self.output / SPOOL_NAME / f"{stream:05d}-{part:04d}"
 
@@ -306,6 +266,7 @@ class _Preparation:
             self.ends[entry.stream] = entry
             return
         self.done[entry.place] = entry
+        report_path(self.output, entry.name).unlink()
         if entry.mismatch:
             self.console.print(f"warning: {entry.mismatch}; encoded with `tokenizers` instead", markup=False)
 
@@ -326,6 +287,9 @@ class _Preparation:
         numbers = {unit.number for unit in self._mine()}
         entries: list[Entry] = [self.done[place] for place in sorted(self.done) if place[0] in numbers]
         self.ledger.write(self.header, [*entries, *(self.ends[n] for n in sorted(self.ends) if n in numbers)])
+        for path in self.output.glob("report-*.json"):
+            if int(path.name[7:12]) in numbers:
+                path.unlink()
 
     def _clean(self) -> None:
         """Remove what a kill left behind: temporary files and parts of streams, of our own units only."""
@@ -345,44 +309,6 @@ def _stopped(state: str) -> StoppedEarly:
     return StoppedEarly(f"stopped: {state}; go on with: {shlex.join(['python', *sys.argv])}")
 
 
-def _split_rule(request: Request, seen: Survey, corpus: Corpus, console: Console) -> SplitRule:
-    """Whole documents by hash, or the tail of each when there are too few to choose among."""
-    if any(source.held_out for source in corpus.sources):
-        return SplitRule("given", 0.0, request.seed)
-    if request.val_fraction == 0:
-        return SplitRule("none", 0.0, request.seed)
-    if seen.documents >= FEW_DOCUMENTS:
-        enough = math.ceil(1000 * LEAST_HELD_OUT / seen.expected) / 1000  # expected; none at all is then out of reach
-        return SplitRule("hash", request.val_fraction or max(DEFAULT_FRACTION, enough), request.seed)
-    rule = SplitRule("tail", request.val_fraction or DEFAULT_TAIL_FRACTION, request.seed)
-    console.print(f"note: fewer than {FEW_DOCUMENTS} documents ({seen.documents}): {rule.describe()}", markup=False)
-    return rule
-
-
-def _backend(request: Request, tokenizer: TextTokenizer, seen: Survey, units: Sequence[Unit]) -> tuple[Backend, str]:
-    """What encodes, and why if that is worth saying. To prove gigatoken right takes a second."""
-    if request.backend == "auto" and sum(unit.size for unit in units) < SMALL_CORPUS_BYTES:
-        return "tokenizers", ""
-    return choose_backend(tokenizer, seen.sample, asked=request.backend)
-
-
-def _costly(request: Request) -> bool:
-    return needs_corpus(request.tokenizer)
-
-
-def _make_tokenizer(request: Request, units: Sequence[Unit]) -> TextTokenizer:
-    if not needs_corpus(request.tokenizer):
-        return load_tokenizer(request.tokenizer, eos=request.eos)
-    texts = all_texts(units, request.rules) if request.tokenizer == "chars" else training_texts(units, request.rules)
-    return load_tokenizer(request.tokenizer, texts=texts, eos=request.eos)
-
-
-def _free(folder: Path) -> int:
-    while not folder.exists():
-        folder = folder.resolve().parent
-    return shutil.disk_usage(folder).free
-
-
 @contextmanager
 def _disk_errors(output: Path) -> Iterator[None]:
     """Turn what the file system refuses into a message; temporaries are gone by then, committed units stay."""
@@ -391,7 +317,7 @@ def _disk_errors(output: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
-                f"the disk of {output} is full ({_free(output):,} bytes free); finished units are kept: "
+                f"the disk of {output} is full ({free_bytes(output):,} bytes free); finished units are kept: "
                 "make room and run the same command again"
             ) from None
         if isinstance(error, PermissionError | FileExistsError | NotADirectoryError) or error.errno == errno.EROFS:

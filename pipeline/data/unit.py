@@ -123,6 +123,15 @@ class UnitReport(BaseModel):
         shards = [name for shard in self.shards.values() for name in shard.files]
         return shards + ([self.quarantine] if self.quarantine else [])
 
+    def save(self, folder: Path) -> None:
+        """Leave the report in `folder` until it is in a ledger: from here on the unit is done, whoever dies."""
+        write_durably(report_path(folder, self.name), self.model_dump_json().encode())
+
+
+def report_path(folder: Path, name: str) -> Path:
+    """Where the report of a unit lies until it is in a ledger."""
+    return folder / f"report-{name}.json"
+
 
 OnBatch = Callable[[int, int], None]
 
@@ -136,10 +145,12 @@ def prepare_unit(unit: Unit, settings: UnitSettings, *, on_batch: OnBatch | None
     path = settings.output / TOKENIZER_NAME
     tokenizer, encoder = _tools(path, settings.tokenizer_fingerprint, settings.eos_id, settings.backend)
     try:
-        return _write(unit, settings, encoder, on_batch)
+        report = _write(unit, settings, encoder, on_batch)
     except EncoderMismatch as mismatch:
         slow = Encoder(tokenizer, backend="tokenizers")
-        return _write(unit, settings, slow, on_batch).model_copy(update={"mismatch": str(mismatch)})
+        report = _write(unit, settings, slow, on_batch).model_copy(update={"mismatch": str(mismatch)})
+    report.save(settings.output)
+    return report
 
 
 def _write(unit: Unit, settings: UnitSettings, encoder: Encoder, on_batch: OnBatch | None) -> UnitReport:

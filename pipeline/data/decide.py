@@ -1,0 +1,103 @@
+"""What a request leaves open, decided from a look at the corpus: split, tokenizer, encoder. And a rehearsal of it all.
+
+In: a `Request`. Out: the corpus that its inputs come to, and what is to be made of it how. Writes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pipeline.data.corpus import Corpus, check_text_key, find_corpus
+from pipeline.data.encoder import Backend, choose_backend
+from pipeline.data.plan import Unit, plan_units
+from pipeline.data.request import Request
+from pipeline.data.split import SplitRule
+from pipeline.data.survey import FEW_DOCUMENTS, Survey, all_texts, estimate, survey, training_texts
+from pipeline.data.tokenizer import TextTokenizer, load_tokenizer, needs_corpus
+
+DEFAULT_FRACTION, DEFAULT_TAIL_FRACTION = 0.005, 0.1
+LEAST_HELD_OUT = 20
+"""Documents that the default fraction holds out at least, on average."""
+SMALL_CORPUS_BYTES = 2 * 2**20
+"""Below this, `tokenizers` has done the work before another encoder is proven to do the same."""
+
+
+def corpus_of(request: Request, console: Console) -> tuple[Corpus, dict[str, Any]]:
+    """What the inputs come to, checked, and the identity of the dataset they make."""
+    request.check()
+    corpus = find_corpus(
+        request.inputs, exclude=request.exclude, output=request.output.resolve(), held_out=request.val_inputs
+    )
+    for note in corpus.notes:
+        console.print(f"note: {note}", markup=False)
+    check_text_key(corpus.sources, request.rules.key)
+    return corpus, request.identity(corpus)
+
+
+def split_rule(request: Request, seen: Survey, corpus: Corpus, console: Console) -> SplitRule:
+    """Whole documents by hash, or the tail of each when there are too few to choose among."""
+    if any(source.held_out for source in corpus.sources):
+        return SplitRule("given", 0.0, request.seed)
+    if request.val_fraction == 0:
+        return SplitRule("none", 0.0, request.seed)
+    if seen.documents >= FEW_DOCUMENTS:
+        enough = math.ceil(1000 * LEAST_HELD_OUT / seen.expected) / 1000  # expected; none at all is then out of reach
+        return SplitRule("hash", request.val_fraction or max(DEFAULT_FRACTION, enough), request.seed)
+    rule = SplitRule("tail", request.val_fraction or DEFAULT_TAIL_FRACTION, request.seed)
+    console.print(f"note: fewer than {FEW_DOCUMENTS} documents ({seen.documents}): {rule.describe()}", markup=False)
+    return rule
+
+
+def make_tokenizer(request: Request, units: Sequence[Unit]) -> TextTokenizer:
+    """The tokenizer asked for, made from the corpus where it has to be."""
+    if not needs_corpus(request.tokenizer):
+        return load_tokenizer(request.tokenizer, eos=request.eos)
+    texts = all_texts(units, request.rules) if request.tokenizer == "chars" else training_texts(units, request.rules)
+    return load_tokenizer(request.tokenizer, texts=texts, eos=request.eos)
+
+
+def encoder_for(request: Request, tokenizer: TextTokenizer, seen: Survey, units: Sequence[Unit]) -> tuple[Backend, str]:
+    """What encodes, and why if that is worth saying. To prove gigatoken right takes a second."""
+    if request.backend == "auto" and sum(unit.size for unit in units) < SMALL_CORPUS_BYTES:
+        return "tokenizers", ""
+    return choose_backend(tokenizer, seen.sample, asked=request.backend)
+
+
+def rehearse(request: Request, *, console: Console) -> None:
+    """`--dry-run`: plan, encode a sample, and say what the preparation would come to. Writes nothing."""
+    corpus, _ = corpus_of(request, console)
+    units = plan_units(corpus.sources, request.rules)
+    seen = survey(units, request.rules)
+    rule = split_rule(request, seen, corpus, console)
+    size = sum(unit.size for unit in units)
+    tokenizer = make_tokenizer(
+        replace(request, tokenizer="bytes") if needs_corpus(request.tokenizer) else request, units
+    )
+    backend, reason = encoder_for(request, tokenizer, seen, units)
+    expected = estimate(seen.sample, size, tokenizer=tokenizer, backend=backend, workers=request.workers)
+    for line in (
+        f"{len(corpus.sources):,} inputs, {len(units):,} units, about {size / 1e6:,.1f} MB of text",
+        f"split: {rule.describe()}",
+        f"encoder: {backend}" + (f" ({reason})" if reason else ""),
+        f"tokens: at most {size:,}, known once {request.tokenizer} is made"
+        if unmade
+        else f"tokens: about {expected.tokens:,}; disk: about {expected.disk_bytes / 1e6:,.1f} MB; "
+        f"encoding: about {expected.seconds:,.0f} s with {request.workers} workers",
+        f"free on the disk: {free_bytes(request.output) / 1e6:,.1f} MB",
+        "nothing was written",
+    ):
+        console.print(line, markup=False)
+
+
+def free_bytes(folder: Path) -> int:
+    """Room on the disk of a folder that may not exist yet."""
+    while not folder.exists():
+        folder = folder.resolve().parent
+    return shutil.disk_usage(folder).free
