@@ -70,7 +70,8 @@ def test_ranks_compute_the_same_run_and_resume_each_other(dataset: Path, tmp_pat
         for run in ("1", "2")
     ]
     for name, expected in weights[0].items():
-        torch.testing.assert_close(weights[1][name], expected, atol=1e-6, rtol=1e-4)
+        # The gradient of a key bias is 0 but for rounding (softmax does not see it), which AdamW makes steps of.
+        torch.testing.assert_close(weights[1][name], expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.slow
