@@ -30,6 +30,7 @@ from pipeline.data.flags import output_of, parse, request_of
 from pipeline.data.manifest import SPLITS, Manifest, read_manifest
 from pipeline.data.prepare import prepare
 from pipeline.errors import run_command
+from pipeline.locks import locked
 
 
 def main() -> None:
@@ -45,7 +46,7 @@ def main() -> None:
         export(arguments.export, output_of(arguments), console)
     elif arguments.dry_run:
         rehearse(request_of(arguments), console=console)
-    elif arguments.inputs or not (arguments.dedup or arguments.contamination):
+    elif arguments.inputs or not (arguments.dedup or arguments.contamination is not None):
         made = prepare(request_of(arguments), console=console)
         if made is None:
             console.print("this share is done; the same command without --share completes the dataset", markup=False)
@@ -58,8 +59,9 @@ def main() -> None:
 def finish(arguments: argparse.Namespace, manifest: Manifest, console: Console) -> None:
     """Delete what the flags ask to be deleted, and sum up."""
     output = output_of(arguments)
-    if arguments.dedup or arguments.contamination:
-        with open_place(arguments.executor, arguments.workers).open() as executor:
+    if arguments.dedup or arguments.contamination is not None:
+        place = open_place(arguments.executor, arguments.workers)
+        with locked(output, ask_of_other_hosts=True), place.open() as executor:
             manifest = deletions(arguments, manifest, executor, console)
     console.print(summary(output, manifest), markup=False)
 
@@ -71,7 +73,7 @@ def deletions(arguments: argparse.Namespace, manifest: Manifest, executor: Execu
         manifest = deduplicate(
             output, method=arguments.dedup, threshold=arguments.near_threshold, executor=executor, console=console
         )
-    if arguments.contamination:
+    if arguments.contamination is not None:
         manifest = check_contamination(
             output,
             arguments.contamination,
@@ -109,6 +111,9 @@ def summary(output: Path, manifest: Manifest) -> str:
     if manifest.deduplication:
         found = manifest.deduplication
         lines.append(f"deleted: {found.exact.documents:,} equal and {found.near.documents:,} near copies")
+    if manifest.contamination:
+        state = "deleted" if manifest.contamination.deleted else "kept"
+        lines.append(f"contaminated: {manifest.contamination.documents:,} training documents, {state}")
     lines.append(f"dataset: {output}, digest {manifest.data_digest[:16]}")
     lines.append(f"next: python pretrain.py configs/NAME.yaml --data.path {output}")
     return "\n".join(lines)

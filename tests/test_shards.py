@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import struct
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -182,3 +185,23 @@ def test_a_bad_index_header_is_refused(folder: Path, offset: int) -> None:
     damage(folder / "train-00000.idx", offset)
     with pytest.raises(UserError, match=r"train-00000.idx: bad header"):
         open_dataset(folder)
+
+
+def test_more_shards_than_open_files_are_allowed(tmp_path: Path) -> None:
+    """In a process of its own, whose soft limit is low: it is raised to the hard one, and told when that is too low."""
+    for number in range(40):
+        (tmp_path / str(number)).write_bytes(b"x")
+    script = """
+import resource, sys
+from pathlib import Path
+from pipeline.data.shards import map_file
+resource.setrlimit(resource.RLIMIT_NOFILE, (20, int(sys.argv[2])))
+maps = [map_file(path) for path in sorted(Path(sys.argv[1]).iterdir())]
+print(len(maps))
+"""
+    run = partial(subprocess.run, check=False, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert run([sys.executable, "-c", script, str(tmp_path), "100"]).stdout == "40\n"
+    assert (
+        "the limit of 20 open files is reached; raise it with `ulimit -n`"
+        in run([sys.executable, "-c", script, str(tmp_path), "20"]).stderr
+    )

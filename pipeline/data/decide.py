@@ -77,19 +77,22 @@ def rehearse(request: Request, *, console: Console) -> None:
     seen = survey(units, request.rules)
     rule = split_rule(request, seen, corpus, console)
     size = sum(unit.size for unit in units)
-    tokenizer = make_tokenizer(
-        replace(request, tokenizer="bytes") if needs_corpus(request.tokenizer) else request, units
-    )
+    unmade = needs_corpus(request.tokenizer)  # to make it would be half of the work: bytes stand for its tokens
+    tokenizer = make_tokenizer(replace(request, tokenizer="bytes") if unmade else request, units)
     backend, reason = encoder_for(request, tokenizer, seen, units)
-    expected = estimate(seen.sample, size, tokenizer=tokenizer, backend=backend, workers=request.workers)
+    found = estimate(seen.sample, size, tokenizer=tokenizer, backend=backend, workers=request.workers)
+    if unmade:
+        outlook = f"tokens: at most {size:,}, known once {request.tokenizer} is made"
+    else:
+        outlook = (
+            f"tokens: about {found.tokens:,}; disk: about {found.disk_bytes / 1e6:,.1f} MB; "
+            f"encoding: about {found.seconds:,.0f} s with {request.workers} workers"
+        )
     for line in (
         f"{len(corpus.sources):,} inputs, {len(units):,} units, about {size / 1e6:,.1f} MB of text",
         f"split: {rule.describe()}",
         f"encoder: {backend}" + (f" ({reason})" if reason else ""),
-        f"tokens: at most {size:,}, known once {request.tokenizer} is made"
-        if unmade
-        else f"tokens: about {expected.tokens:,}; disk: about {expected.disk_bytes / 1e6:,.1f} MB; "
-        f"encoding: about {expected.seconds:,.0f} s with {request.workers} workers",
+        outlook,
         f"free on the disk: {free_bytes(request.output) / 1e6:,.1f} MB",
         "nothing was written",
     ):

@@ -8,9 +8,11 @@ The index follows `megatron/core/datasets/indexed_dataset.py` of NVIDIA/Megatron
 
 from __future__ import annotations
 
+import errno
 import io
 import mmap
 import os
+import resource
 import struct
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -248,10 +250,28 @@ def map_file(path: Path, *, shuffled: bool = False) -> mmap.mmap | bytes:
 
     `shuffled`: it will be read here and there, so that reading ahead would be in vain.
     """
-    with path.open("rb") as file:
-        if path.stat().st_size == 0:
-            return b""
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if path.stat().st_size == 0:
+        return b""
+    try:
+        mapped = _map(path)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        _raise_file_limit(path)
+        mapped = _map(path)
     if shuffled and hasattr(mmap, "MADV_RANDOM"):
         mapped.madvise(mmap.MADV_RANDOM)
     return mapped
+
+
+def _map(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _raise_file_limit(path: Path) -> None:
+    """A map keeps its file open, and a large dataset has more files than the usual soft limit of 1,024 allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == hard:
+        raise UserError(f"cannot open {path}: the limit of {soft} open files is reached; raise it with `ulimit -n`")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
