@@ -84,7 +84,7 @@ def parse(arguments: list[str], *, description: str | None) -> argparse.Namespac
         help="Jaccard similarity of near copies (default: 0.8)",
     )
     add("--contamination", nargs="*", type=Path, metavar="FILE",
-    add("--near-threshold", type=float, default=0.8, metavar="J", help="Jaccard similarity of near copies (0.8)")
+        help="count training documents that share 13 words in a row with evaluation files (none: forget)")  # fmt: skip
     add("--delete-contaminated", action="store_true", help="and deleted")
 
     add = parser.add_argument_group("a dataset that is there").add_argument
