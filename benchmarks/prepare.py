@@ -160,7 +160,7 @@ def gpt2_of_tiktoken(tokenizer: str) -> object:
         chr(value) if 33 <= value <= 126 or 161 <= value <= 172 or 174 <= value <= 255 else chr(next(spare)): value
         for value in range(256)
     }
-    end = {EOS: vocabulary.pop(EOS)}
+    end = {EOS: vocabulary.pop(EOS, len(vocabulary))}
     ranks = {bytes(stand_ins[symbol] for symbol in word): rank for word, rank in vocabulary.items()}
     return tiktoken.Encoding(name="gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=end)
 
