@@ -90,6 +90,9 @@ def test_ids_are_those_of_tokenizers(texts: list[str]) -> None:
             plainly(tokenizer, text) for text in texts
         ]
         assert len(ids) == lengths.sum()
+        ended, longer = encoder.encode([text.encode() for text in texts], end=7)
+        assert ended.tolist() == [i for text in texts for i in [*plainly(tokenizer, text), 7]]
+        assert np.array_equal(longer, lengths + 1)
 
 
 @pytest.mark.parametrize("tokenizer", [TRAINED, BYTES, CHARS, *PATTERNED.values()])

@@ -75,8 +75,9 @@ class ShardWriter:
         """Add documents: `ids` (tokens,) of all of them end to end, `lengths` (n,), `documents` (n,) records."""
         assert len(lengths) == len(documents), f"{len(lengths)} lengths for {len(documents)} documents"
         assert int(lengths.sum()) == len(ids), f"lengths sum to {int(lengths.sum())}, got {len(ids)} ids"
-        if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size):
-            found = int(ids.max()) if int(ids.max()) >= self.vocab_size else int(ids.min())
+        lowest, highest = (int(ids.min()) if ids.dtype.kind == "i" else 0, int(ids.max())) if len(ids) else (0, 0)
+        if lowest < 0 or highest >= self.vocab_size:
+            found = highest if highest >= self.vocab_size else lowest
             raise UserError(
                 f"{self.name}: token id {found} is outside the vocabulary of {self.vocab_size}; "
                 "the tokenizer contradicts itself, use another file"

@@ -270,21 +270,16 @@ class _Sink:
             return
         if not self._writer.n_tokens:
             self.first_source = self._sources[0]
-        ids, lengths = self._encoder.encode(contents)
-        ends = np.cumsum(lengths + 1) - 1
-        ended = np.full(len(ids) + len(contents), self._eos_id, np.uint32)
-        text = np.ones(len(ended), np.bool_)
-        text[ends] = False
-        ended[text] = ids
+        ids, lengths = self._encoder.encode(contents, end=self._eos_id)
         documents = np.zeros(len(contents), DOCUMENT_DTYPE)
         documents["text_bytes"] = np.fromiter(map(len, contents), np.int64, count=len(contents))
         documents["source"], documents["row"] = self._sources, self._rows
         digests = b"".join(map(xxhash.xxh3_128_digest, contents))  # big-endian: high half first
         documents["hash"] = np.frombuffer(digests, ">u8").reshape(-1, 2)[:, ::-1]
         self._notice(contents, ids)
-        self._writer.append(ended, lengths=lengths + 1, documents=documents)
+        self._writer.append(ids, lengths=lengths, documents=documents)
         if self._on_batch:
-            self._on_batch(self._bytes, len(ended))
+            self._on_batch(self._bytes, len(ids))
         self._contents, self._sources, self._rows, self._bytes = [], [], [], 0
 
     def _notice(self, contents: list[bytes], ids: np.ndarray[Any, np.dtype[np.uint32]]) -> None:
@@ -292,7 +287,8 @@ class _Sink:
         self.noticed["documents with NUL"] += sum(b"\0" in content for content in contents)
         self.noticed["documents with the text of a special token"] += self._encoder.special_text(contents)
         if self._encoder.unknown_id is not None:
-            self.noticed["unknown tokens"] += int(np.count_nonzero(ids == self._encoder.unknown_id))
+            ends = len(contents) if self._encoder.unknown_id == self._eos_id else 0
+            self.noticed["unknown tokens"] += int(np.count_nonzero(ids == self._encoder.unknown_id)) - ends
 
 
 @lru_cache(maxsize=1)
