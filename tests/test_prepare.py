@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -638,3 +639,41 @@ def test_rows_are_those_of_the_file_however_it_is_cut(corpus: Path) -> None:
         for number in range(split.n_documents):
             info = split.describe(number)
             assert json.loads(Path(info.source).read_text().splitlines()[info.row])["text"] == train[number]
+
+
+def damaged_group(path: Path, *, group: int) -> None:
+    """Rows of which one group cannot be unpacked, while the metadata and the other groups are whole."""
+    texts = [f"row {i} {'%016x' % (i**7 % 2**61) * 4}" for i in range(600)]
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=100, compression="gzip", use_dictionary=False)
+    column = pq.ParquetFile(path).metadata.row_group(group).column(0)
+    content_ = bytearray(path.read_bytes())
+    begin = column.data_page_offset + column.total_compressed_size // 2
+    content_[begin : begin + 400] = b"\xff" * 400
+    path.write_bytes(content_)
+
+
+@pytest.mark.parametrize("unit_bytes", [5000, 25_000, 10**6])
+def test_rows_after_damage_are_those_of_the_file(tmp_path: Path, unit_bytes: int) -> None:
+    damaged_group(tmp_path / "a.parquet", group=2)
+    wanted = request(
+        tmp_path / "a.parquet", tokenizer="bytes", allow_failed=True, rules=TextRules(unit_bytes=unit_bytes)
+    )
+    manifest, _ = run(wanted)
+    assert len(manifest.failed) == 1
+    split = open_dataset(tmp_path / "out").split("train")
+    train = documents(tmp_path / "out", "train")
+    assert [text.split()[1] for text in train] == [str(split.describe(n).row) for n in range(len(train))]
+    assert len(train) > 150
+    assert "whole" in verify(tmp_path / "out")
+
+
+def test_what_was_read_before_the_damage_is_kept(tmp_path: Path) -> None:
+    noise = random.Random(0)
+    lines = "".join(json.dumps({"text": f"row {i} {noise.randbytes(400).hex()}"}) + "\n" for i in range(2600)).encode()
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines, 1)[:-200])
+    manifest, _ = run(request(tmp_path / "a.jsonl.gz", tokenizer="bytes", allow_failed=True, rules=TextRules()))
+    assert len(manifest.failed) == 1
+    assert manifest.records > 1000
+    train = documents(tmp_path / "out", "train")
+    split = open_dataset(tmp_path / "out").split("train")
+    assert [text.split()[1] for text in train] == [str(split.describe(n).row) for n in range(len(train))]

@@ -61,6 +61,20 @@ def read_piece(piece: Piece, rules: TextRules, *, first: int = 0) -> Generator[R
     return PieceRows(rows, judge.replaced)
 
 
+def promised_rows(piece: Piece) -> int:
+    """Rows of a piece as far as they are known without reading it: a damaged one has them too."""
+    if piece.source.kind == "saved":
+        return piece.stop - piece.start
+    if piece.source.kind != "parquet":
+        return 0
+    try:
+        with pq.ParquetFile(piece.source.file) as file:
+            groups = range(piece.start, min(piece.stop, file.num_row_groups))
+            return sum(file.metadata.row_group(group).num_rows for group in groups)
+    except (OSError, pa.ArrowException):
+        return 0
+
+
 def keys_of(source: Source) -> list[str] | None:
     """Keys of the first record of a source, or None where there is no record or no key (plain text)."""
     if source.kind == "text" or source.size == 0:

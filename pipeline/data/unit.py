@@ -24,7 +24,7 @@ from pipeline.data.encoder import Backend, Encoder, EncoderMismatch
 from pipeline.data.formats import Document, Rejected, TextRules
 from pipeline.data.manifest import SPLITS, TOKENIZER_NAME, ShardInfo, SplitName, digest_of
 from pipeline.data.plan import Unit
-from pipeline.data.readers import read_piece
+from pipeline.data.readers import PieceRows, promised_rows, read_piece
 from pipeline.data.shards import DOCUMENT_DTYPE, ShardWriter
 from pipeline.data.split import SplitRule
 from pipeline.data.tokenizer import TextTokenizer
@@ -208,15 +208,23 @@ class _Reading:
     def records(self, unit: Unit, rules: TextRules) -> Iterator[Document | Rejected]:
         """All records in order. Raises `DamagedInputError`, or goes on with the next piece if that is allowed."""
         for piece in unit.pieces:
+            first = last = self.rows.get(piece.index, 0)
+            records = read_piece(piece, rules, first=first)
             try:
-                counted = yield from read_piece(piece, rules, first=self.rows.get(piece.index, 0))
+                while True:
+                    record = next(records)
+                    last = record.row + 1
+                    yield record
+            except StopIteration as end:
+                counted: PieceRows = end.value
             except UserError as error:
                 if not self.allow_failed:
                     raise DamagedInputError(str(error)) from None
                 self.failed.append(str(error))
-                continue
+                # rows of the source that follow are counted from the end of the piece, or of what was read of it
+                counted = PieceRows(max(last - first, promised_rows(piece)), 0)
             self.replaced += counted.replaced
-            self.rows[piece.index] = self.rows.get(piece.index, 0) + counted.rows
+            self.rows[piece.index] = first + counted.rows
 
 
 def _refused(record: Rejected, unit: Unit, *, strict: bool) -> Rejected:
