@@ -42,12 +42,13 @@ def locked(folder: Path, *, ask_of_other_hosts: bool, name: str = LOCK_NAME) -> 
         os.close(descriptor)
 
 
-def refuse_held(folder: Path) -> None:
-    """Raise `UserError` when another process holds the folder, without holding it ourselves."""
-    path = folder / LOCK_NAME
-    if not path.exists():
+def refuse_held(folder: Path, *, name: str = LOCK_NAME) -> None:
+    """Raise `UserError` when another process holds the folder under that name, without holding it ourselves."""
+    path = folder / name
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
         return
-    descriptor = os.open(path, os.O_RDWR)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         holder = _holder(descriptor)

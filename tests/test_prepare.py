@@ -37,6 +37,7 @@ from pipeline.data.manifest import Manifest, SplitName
 from pipeline.data.prepare import prepare
 from pipeline.data.request import Request
 from pipeline.data.survey import training_sample
+from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import StoppedEarly, Unfinished, UserError
 from pipeline.locks import locked
 from pipeline.seeds import named_seed
@@ -677,3 +678,43 @@ def test_what_was_read_before_the_damage_is_kept(tmp_path: Path) -> None:
     train = documents(tmp_path / "out", "train")
     split = open_dataset(tmp_path / "out").split("train")
     assert [text.split()[1] for text in train] == [str(split.describe(n).row) for n in range(len(train))]
+
+
+def test_inputs_and_validation_inputs_that_change_places_are_other_settings(corpus: Path) -> None:
+    first, second = (str(corpus / name) for name in INPUTS)
+    run(request(corpus, inputs=(first,), val_inputs=(second,), val_fraction=None))
+    with pytest.raises(UserError, match="made with other settings:\n  val_inputs: "):
+        run(request(corpus, inputs=(second,), val_inputs=(first,), val_fraction=None))
+
+
+def test_shares_of_other_divisions_do_not_work_at_the_same_time(corpus: Path) -> None:
+    prepare(request(corpus, share=(0, 2)), console=Console(file=io.StringIO()))
+    output = corpus.parent / "out"
+    with locked(output, ask_of_other_hosts=False, name=".lock-1-of-2"):
+        prepare(request(corpus, share=(0, 2)), console=Console(file=io.StringIO()))
+        with pytest.raises(UserError, match="is being written by process"):
+            prepare(request(corpus, share=(1, 3)), console=Console(file=io.StringIO()))
+    prepare(request(corpus, share=(1, 3)), console=Console(file=io.StringIO()))
+
+
+def test_a_share_leaves_the_units_of_others_alone(tmp_path: Path) -> None:
+    """What it would not accept as its own, another share may, which runs with --allow-failed."""
+    damaged_group(tmp_path / "a.parquet", group=2)
+    wanted = request(tmp_path / "a.parquet", tokenizer="bytes", rules=TextRules(unit_bytes=25_000), share=(0, 2))
+    prepare(replace(wanted, allow_failed=True), console=Console(file=io.StringIO()))
+    there = sorted((tmp_path / "out").glob("train-*"))
+    prepare(replace(wanted, share=(1, 2)), console=Console(file=io.StringIO()))
+    assert set(there) < set((tmp_path / "out").glob("train-*"))
+
+
+def test_shares_that_begin_together_save_one_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, real = load_tokenizer("bytes"), os.fsync
+
+    def met(descriptor: int) -> None:
+        """While one writes, another one writes and is done."""
+        monkeypatch.setattr(os, "fsync", real)
+        tokenizer.save(tmp_path / "tokenizer.json")
+
+    monkeypatch.setattr(os, "fsync", met)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]

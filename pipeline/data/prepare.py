@@ -67,9 +67,12 @@ def _writing(request: Request) -> Iterator[None]:
     output.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         if request.share:
-            name = f"{LOCK_NAME}-{request.share[0]}-of-{request.share[1]}"
-            stack.enter_context(locked(output, ask_of_other_hosts=False, name=name))
+            part, parts = request.share
+            stack.enter_context(locked(output, ask_of_other_hosts=False, name=f"{LOCK_NAME}-{part}-of-{parts}"))
             refuse_held(output)
+            for path in sorted(output.glob(f"{LOCK_NAME}-*")):
+                if not path.name.endswith(f"-of-{parts}"):  # divided otherwise, two shares would do the same unit
+                    refuse_held(output, name=path.name)
         else:
             stack.enter_context(locked(output, ask_of_other_hosts=True))
             for path in sorted(output.glob(f"{LOCK_NAME}-*")):  # of shares: whoever still works is named
@@ -188,6 +191,7 @@ class _Preparation:
         self.ends = {e.stream: e for e in entries if isinstance(e, StreamEnd) and keys.get(e.stream) == e.key}
         reports = [entry for entry in entries if isinstance(entry, UnitReport)]
         stale: set[str] = set()
+        part, parts = self.request.share or (0, 1)
         for report in reports:
             sizes = {name: info.size for shard in report.shards.values() for name, info in shard.files.items()}
             unit = planned.get(report.unit)
@@ -195,7 +199,7 @@ class _Preparation:
             good = not report.failed or self.request.allow_failed
             if unit and good and report.key == keys[report.unit] and sizes_agree(self.output, sizes):
                 self.done[report.place] = report
-            else:
+            elif report.unit % parts == part:  # another share judges its own, and may be at it
                 stale.update(report.files())
         for name in stale.difference(name for report in self.done.values() for name in report.files()):
             (self.output / name).unlink(missing_ok=True)

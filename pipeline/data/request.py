@@ -68,6 +68,7 @@ class Request:
     def identity(self, corpus: Corpus) -> dict[str, Any]:
         """The settings that the dataset depends on, as recorded and compared. Workers are not among them."""
         names = [source.name for source in corpus.sources]
+        held_out = [source.name for source in corpus.sources if source.held_out]
         file = Path(self.tokenizer).expanduser()
         file = file / TOKENIZER_NAME if file.is_dir() else file
         tokenizer = f"file of xxh3_128 {xxhash.xxh3_128_hexdigest(file.read_bytes())}" if file.is_file() else None
@@ -82,19 +83,20 @@ class Request:
             "long_documents": self.rules.long_documents,
             "invalid_utf8": self.rules.invalid_utf8,
             "val_fraction": self.val_fraction,
-            "val_inputs": len([source for source in corpus.sources if source.held_out]),
+            "val_inputs": f"{len(held_out)} sources, digest {digest_of(held_out)[:16]}" if held_out else 0,
             "seed": self.seed,
         }
 
 
 def refuse_foreign(output: Path, identity: dict[str, Any]) -> None:
     """Refuse a folder that something else made, or this program with other settings."""
+    ours = ("ledger", LOCK_NAME)  # and what begins so: temporary files, the ledgers and locks of shares
+    # looked for first: another share that begins just now writes its ledger before anything else
+    others = sorted(entry.name for entry in output.iterdir() if not entry.name.startswith(ours))
     recorded = next((header.settings for header in headers(output)), None)
     if (output / MANIFEST_NAME).exists():
         recorded = read_manifest(output).settings
     if recorded is None:
-        ours = ("ledger", LOCK_NAME)  # and what begins so: temporary files, the ledgers and locks of shares
-        others = sorted(entry.name for entry in output.iterdir() if not entry.name.startswith(ours))
         if others:
             raise UserError(f"{output} holds other files ({', '.join(others[:3])}); choose an empty --output")
         return

@@ -16,6 +16,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, Self
 
 import numpy as np
@@ -119,7 +120,8 @@ class TextTokenizer:
 
     def save(self, path: Path) -> None:
         """Write the `tokenizer.json`; loading it again gives the same fingerprint."""
-        write_durably(path, self.definition_json)
+        # shares of one preparation save the same tokenizer at the same time
+        write_durably(path, self.definition_json, writer=f".{token_hex(4)}")
 
     @cached_property
     def alphabet(self) -> frozenset[str] | None:
