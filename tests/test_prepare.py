@@ -718,3 +718,32 @@ def test_shares_that_begin_together_save_one_tokenizer(tmp_path: Path, monkeypat
     monkeypatch.setattr(os, "fsync", met)
     tokenizer.save(tmp_path / "tokenizer.json")
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
+
+
+def test_an_empty_split_after_shares_leaves_nothing_that_another_fraction_would_meet(corpus: Path) -> None:
+    prepare(request(corpus, val_fraction=1e-9, share=(0, 2)), console=Console(file=io.StringIO()))
+    with pytest.raises(UserError, match="leaves val empty"):
+        run(request(corpus, val_fraction=1e-9))
+    assert list((corpus.parent / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "tokenizer.json"])
+def test_what_is_damaged_beside_the_shards_is_made_again(corpus: Path, name: str) -> None:
+    run(request(corpus))
+    before = content(corpus.parent / "out")
+    (corpus.parent / "out" / name).write_text("{")
+    _, said = run(request(corpus))
+    assert "going on: " in said
+    assert content(corpus.parent / "out") == before
+
+
+def test_a_dataset_of_another_version_is_not_touched(corpus: Path) -> None:
+    run(request(corpus))
+    path = corpus.parent / "out" / "manifest.json"
+    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 1'))
+    with pytest.raises(UserError, match=r"format version 1 found.*choose another --output, or remove this folder"):
+        run(request(corpus))
+    path.write_text("{")
+    (corpus.parent / "out" / "ledger.jsonl").unlink()
+    with pytest.raises(UserError, match=r"run data_prep\.py again into another --output"):
+        run(request(corpus))

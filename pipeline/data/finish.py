@@ -16,7 +16,7 @@ import orjson
 
 from pipeline.data.corpus import Corpus
 from pipeline.data.formats import Rejected
-from pipeline.data.ledger import LEDGER_NAME
+from pipeline.data.ledger import ledgers
 from pipeline.data.manifest import (
     FORMAT_VERSION,
     SPLITS,
@@ -89,8 +89,10 @@ def refuse_empty_split(reports: Sequence[UnitReport], settings: UnitSettings) ->
     empty = [split for split in wanted if not any(split in report.shards for report in reports)]
     if not empty:
         return
-    for name in [name for report in reports for name in report.files()] + [TOKENIZER_NAME, LEDGER_NAME]:
+    for name in [name for report in reports for name in report.files()] + [TOKENIZER_NAME]:
         (settings.output / name).unlink(missing_ok=True)
+    for ledger in ledgers(settings.output):  # shares had theirs; they would hold the user to the settings that failed
+        ledger.path.unlink()
     if empty == ["val"] and rule.mode == "hash":
         lowest = min(report.lowest_draw for report in reports)
         scale = 10.0 ** (2 - math.floor(math.log10((lowest + 1) / 2**64)))

@@ -25,6 +25,10 @@ SplitName = Literal["train", "val"]
 SPLITS: tuple[SplitName, ...] = ("train", "val")
 
 
+class DamagedManifestError(UserError):
+    """There is a file, but it is no manifest; the preparation writes it anew."""
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -168,7 +172,9 @@ def read_manifest(folder: Path) -> Manifest:
         values = json.loads(path.read_bytes())
         version = values["format_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a manifest of data_prep.py ({error!r}); run data_prep.py again") from None
+        raise DamagedManifestError(
+            f"{path} is not a manifest of data_prep.py ({error!r}); run data_prep.py again"
+        ) from None
     if version != FORMAT_VERSION:
         raise UserError(
             f"{path}: format version {version!r} found, this program reads {FORMAT_VERSION}; "
@@ -179,7 +185,7 @@ def read_manifest(folder: Path) -> Manifest:
     except ValidationError as error:
         fault = error.errors()[0]
         where = ".".join(str(part) for part in fault["loc"])
-        raise UserError(f"{path} is damaged at {where!r}: {fault['msg']}; run data_prep.py again") from None
+        raise DamagedManifestError(f"{path} is damaged at {where!r}: {fault['msg']}; run data_prep.py again") from None
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

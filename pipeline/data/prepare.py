@@ -23,7 +23,7 @@ from pipeline.data.corpus import Corpus
 from pipeline.data.decide import corpus_of, encoder_for, free_bytes, make_tokenizer, split_rule
 from pipeline.data.executors import CutEnd, Failure, UnitRun, open_place
 from pipeline.data.finish import manifest_of, no_documents, refuse_empty_split, too_many_bad, write_quarantine
-from pipeline.data.ledger import Entry, Ledger, LedgerHeader, StreamEnd, finished, ledgers, unrecorded
+from pipeline.data.ledger import Entry, Ledger, LedgerHeader, StreamEnd, finished, headers, ledgers, unrecorded
 from pipeline.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, FailedUnit, Manifest, digest_of, write_manifest
 from pipeline.data.plan import Unit, cut_stream, plan_units
 from pipeline.data.progress import UnitProgress
@@ -158,14 +158,13 @@ class _Preparation:
 
     def _tokenizer(self) -> TextTokenizer:
         """The tokenizer asked for; the one of an earlier run, where a ledger vouches for it, is not made twice."""
-        path = self.output / TOKENIZER_NAME
-        if path.exists():
-            saved = TextTokenizer.from_file(path, eos=self.request.eos)
-            for ledger in ledgers(self.output):
-                header, _ = ledger.read()
-                vouched = header and (header.inputs_digest, header.tokenizer_fingerprint)
-                if vouched == (self._inputs_digest, saved.fingerprint):
-                    return saved
+        try:
+            saved = TextTokenizer.from_file(self.output / TOKENIZER_NAME, eos=self.request.eos)
+        except UserError:  # not there, or damaged
+            return make_tokenizer(self.request, self.units)
+        for header in headers(self.output):
+            if (header.inputs_digest, header.tokenizer_fingerprint) == (self._inputs_digest, saved.fingerprint):
+                return saved
         return make_tokenizer(self.request, self.units)
 
     def _mine(self) -> list[Unit]:

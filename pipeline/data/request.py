@@ -15,8 +15,16 @@ from pipeline.data.corpus import Corpus
 from pipeline.data.encoder import Backend
 from pipeline.data.formats import TextRules
 from pipeline.data.ledger import headers
-from pipeline.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, InputInfo, Manifest, digest_of, read_manifest
-from pipeline.data.tokenizer import check_tokenizer_name
+from pipeline.data.manifest import (
+    MANIFEST_NAME,
+    TOKENIZER_NAME,
+    DamagedManifestError,
+    InputInfo,
+    Manifest,
+    digest_of,
+    read_manifest,
+)
+from pipeline.data.tokenizer import TextTokenizer, check_tokenizer_name
 from pipeline.errors import UserError
 from pipeline.locks import LOCK_NAME
 
@@ -94,8 +102,8 @@ def refuse_foreign(output: Path, identity: dict[str, Any]) -> None:
     # looked for first: another share that begins just now writes its ledger before anything else
     others = sorted(entry.name for entry in output.iterdir() if not entry.name.startswith(ours))
     recorded = next((header.settings for header in headers(output)), None)
-    if (output / MANIFEST_NAME).exists():
-        recorded = read_manifest(output).settings
+    manifest = _manifest(output, vouched=recorded is not None)
+    recorded = manifest.settings if manifest else recorded
     if recorded is None:
         if others:
             raise UserError(f"{output} holds other files ({', '.join(others[:3])}); choose an empty --output")
@@ -112,13 +120,35 @@ def refuse_foreign(output: Path, identity: dict[str, Any]) -> None:
 
 def complete_manifest(output: Path, corpus: Corpus) -> Manifest | None:
     """The manifest, if it is there, and inputs and files are as it says."""
-    if not (output / MANIFEST_NAME).exists():
+    manifest = _manifest(output, vouched=True)
+    if manifest is None:
         return None
-    manifest = read_manifest(output)
     shards = [shard for shards in manifest.splits.values() for shard in shards]
     sizes = {name: info.size for shard in shards for name, info in shard.files.items()}
-    whole = (output / TOKENIZER_NAME).exists() and sizes_agree(output, sizes)
-    return manifest if whole and manifest.inputs == input_infos(corpus) else None
+    whole = manifest.inputs == input_infos(corpus) and sizes_agree(output, sizes)
+    return manifest if whole and _holds_tokenizer(output, manifest) else None
+
+
+def _manifest(output: Path, *, vouched: bool) -> Manifest | None:
+    """The manifest, if there is one; of a damaged one, which is written anew, a ledger knows what it vouched for."""
+    if not (output / MANIFEST_NAME).exists():
+        return None
+    try:
+        return read_manifest(output)
+    except DamagedManifestError as error:
+        if vouched:
+            return None
+        raise UserError(f"{error} into another --output, or remove this folder to start over") from None
+    except UserError as error:
+        raise UserError(f"{error}; choose another --output, or remove this folder to start over") from None
+
+
+def _holds_tokenizer(output: Path, manifest: Manifest) -> bool:
+    try:
+        saved = TextTokenizer.from_file(output / TOKENIZER_NAME, eos=manifest.eos_id)
+    except UserError:
+        return False
+    return saved.fingerprint == manifest.tokenizer_fingerprint
 
 
 def input_infos(corpus: Corpus) -> tuple[InputInfo, ...]:
