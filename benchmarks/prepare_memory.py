@@ -55,8 +55,9 @@ def make_inputs(folder: Path, size: int) -> dict[str, list[str]]:
         for _ in range(5):
             file.write(sample[: size // 20])
             packed.write(sample[: size // 20])
-    good = b'{"text": "a short one"}\n' * 200
-    line.write_bytes(good + json.dumps({"text": sample.decode(errors="replace")}).encode() + b"\n" + good)
+    short = [json.dumps({"text": f"number {number}"}).encode() for number in range(400)]
+    long = json.dumps({"text": sample.decode(errors="replace")}).encode()
+    line.write_bytes(b"\n".join([*short[:200], long, *short[200:], b""]))
     base.unlink()
     lenient = ["--max-bad", "0.5"]
     return {
