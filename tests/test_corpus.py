@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import gzip
 import json
 import os
@@ -364,3 +365,60 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch: pytest.Monkey
         UserError, match=r"cannot load hf:org/data .*Name or service not known\n  wanted hf:NAME.*network"
     ):
         find_corpus(["hf:org/data"])
+
+
+def test_a_link_to_a_folder_is_told_and_read_where_it_is_named(tmp_path: Path) -> None:
+    for name in ["real/a.txt", "tree/b.txt"]:
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(name)
+    link = tmp_path / "tree" / "linked"
+    link.symlink_to(tmp_path / "real")
+    corpus = find_corpus([str(tmp_path / "tree")])
+    assert [Path(source.name).name for source in corpus.sources] == ["b.txt"]
+    assert corpus.notes == (f"skipped 1 links to folders ({link}); name a folder itself to read it",)
+    assert texts_of(read(tmp_path / "tree", link)) == ["real/a.txt", "tree/b.txt"]
+    (tmp_path / "tree" / "b.txt").unlink()
+    with pytest.raises(UserError, match=r"nothing to read \(links to folders\)"):
+        find_corpus([str(tmp_path / "tree")])
+
+
+def test_an_output_below_a_linked_input_is_no_input(tmp_path: Path) -> None:
+    (tmp_path / "real" / "out").mkdir(parents=True)
+    for name in ["a.txt", "out/manifest.json"]:
+        (tmp_path / "real" / name).write_text("{}")
+    (tmp_path / "link").symlink_to("real")
+    output = (tmp_path / "link" / "out").resolve()
+    corpus = find_corpus([str(tmp_path / "link")], output=output)
+    assert [Path(source.name).name for source in corpus.sources] == ["a.txt"]
+
+
+def test_what_cannot_be_listed_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.txt").write_text("open")
+    real = os.scandir
+
+    def guarded(path: str) -> object:
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    with pytest.raises(UserError, match=r"cannot read .*closed: Permission denied"):
+        find_corpus([str(tmp_path)])
+
+
+@pytest.mark.parametrize("argument", ["pipe.txt", "", "*.txt", "."])
+def test_pipes_are_refused_without_opening_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argument: str) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="neither a file nor a folder; a pipe" if argument else "the empty text"):
+        find_corpus([argument])
+
+
+def test_a_name_that_cannot_be_recorded_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9.txt")
+    path.write_text("text")
+    with pytest.raises(UserError, match=r"caf\\udce9.txt' is not UTF-8"):
+        find_corpus([str(tmp_path)])
+    path.rename(tmp_path / "日本 café.txt")
+    assert texts_of(read(tmp_path)) == ["text"]

@@ -14,6 +14,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path, PurePath, PurePosixPath
+from stat import S_ISREG
 from typing import NamedTuple
 
 from pipeline.data.bytestream import BLOCK_BYTES, Compression, open_stream
@@ -122,6 +123,7 @@ class _Search:
         self._output = output
         self._notes: set[str] = set()
         self._skipped: set[Path] = set()
+        self._links: set[Path] = set()
 
     def notes(self) -> tuple[str, ...]:
         notes = self._notes
@@ -129,6 +131,9 @@ class _Search:
             suffixes = ", ".join(sorted({path.suffix or "no suffix" for path in self._skipped})[:8])
             remedy = "name a file itself to read it as text"
             notes = notes | {f"skipped {len(self._skipped)} files of other kinds ({suffixes}); {remedy}"}
+        if self._links:
+            names = ", ".join(sorted(map(str, self._links))[:8])
+            notes = notes | {f"skipped {len(self._links)} links to folders ({names}); name a folder itself to read it"}
         return tuple(sorted(notes))
 
     def sources(self, inputs: Sequence[str], exclude: Sequence[str]) -> dict[Path, Source]:
@@ -137,6 +142,8 @@ class _Search:
         sources: dict[Path, Source] = {}
         for text in inputs:
             for name, path in self._named(text):
+                if not is_unicode(name):
+                    raise UserError(f"the name {name!r} is not UTF-8, so it cannot be recorded; rename the file")
                 where = path.resolve()
                 if path.is_dir():
                     sources[where] = _saved_source(where)
@@ -154,15 +161,55 @@ class _Search:
                 raise UserError(f"{text} holds data files of other kinds ({kinds}); wanted {_READABLE}")
             yield from found
             return
-        for path in _expand(text, self._output):
-            if path.is_file() or _is_saved_dataset(path):
-                yield str(path), path
-            else:
-                yield from ((str(file), file) for file in _files_below(path, self._skipped, self._output))
+        try:
+            for path in _expand(text, self._output):
+                if not path.is_dir() or _is_saved_dataset(path):
+                    yield str(path), path
+                else:
+                    yield from ((str(file), file) for file in self._files_below(path.resolve()))
+        except OSError as error:
+            raise UserError(f"cannot read {error.filename or text}: {error.strerror or error}") from None
+
+    def _files_below(self, folder: Path) -> list[Path]:
+        """Files of known kinds below a folder; hidden ones are ignored, others and links to folders are noted."""
+        files: list[Path] = []
+        others: list[Path] = []
+        for parent, folders, names in os.walk(folder, onerror=_refuse):
+            below = [Path(parent, name) for name in sorted(folders) if not name.startswith(".")]
+            below = [path for path in below if path != self._output]
+            self._links.update(path for path in below if path.is_symlink())  # os.walk does not follow them
+            folders[:] = [path.name for path in below]
+            for path in (Path(parent, name) for name in sorted(names) if not name.startswith(".")):
+                (files if _known(path) else others).append(_absolute(path))
+        if not files:
+            links = ["links to folders"] if any(link.is_relative_to(folder) for link in self._links) else []
+            kinds = ", ".join(sorted({path.suffix or "no suffix" for path in others}) + links) or "no files"
+            raise UserError(
+                f"folder {folder} holds nothing to read ({kinds}); wanted {_READABLE}; "
+                "name a file itself to read it as plain text"
+            )
+        self._skipped.update(others)
+        return files
+
+
+def is_unicode(text: str) -> bool:
+    """Whether it can be written as UTF-8; names and arguments of other encodings cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _refuse(error: OSError) -> None:
+    """A folder that cannot be listed would be left out without a word."""
+    raise error
 
 
 def _expand(text: str, output: Path | None) -> list[Path]:
     """Existing resolved paths that an argument stands for."""
+    if not text:
+        raise UserError("an input is the empty text, perhaps of a variable that is not set")
     path = Path(text).expanduser()
     if path.exists():
         return [_absolute(path)]
@@ -192,24 +239,6 @@ def _there(path: Path) -> str:
     return f"{folder.resolve()} holds {shown or 'nothing'}{nearest(path.name, names)}"
 
 
-def _files_below(folder: Path, skipped: set[Path], output: Path | None) -> list[Path]:
-    """Files of known kinds below a folder; hidden ones are ignored, others are added to `skipped`."""
-    files: list[Path] = []
-    others: list[Path] = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and Path(parent, name) != output)
-        for path in (Path(parent, name) for name in sorted(names) if not name.startswith(".")):
-            (files if _known(path) else others).append(_absolute(path))
-    if not files:
-        kinds = ", ".join(sorted({path.suffix or "no suffix" for path in others})) or "no files"
-        raise UserError(
-            f"folder {folder} holds nothing to read ({kinds}); wanted {_READABLE}; "
-            "name a file itself to read it as plain text"
-        )
-    skipped.update(others)
-    return files
-
-
 def _known(path: PurePath) -> bool:
     suffixes = path.suffixes
     if suffixes and suffixes[-1].lower() in _COMPRESSIONS:
@@ -227,6 +256,8 @@ def _file_source(path: Path, name: str, notes: set[str]) -> Source:
     """Look at a file: its beginning says how it is packed, the suffix of its name what is in it."""
     try:
         status = path.stat()
+        if not S_ISREG(status.st_mode):
+            raise UserError(f"{name} is neither a file nor a folder; a pipe cannot be read twice: write it to a file")
         with path.open("rb") as file:
             head = file.read(64)
     except OSError as error:

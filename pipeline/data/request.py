@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import xxhash
 
-from pipeline.data.corpus import Corpus
+from pipeline.data.corpus import Corpus, is_unicode
 from pipeline.data.encoder import Backend
 from pipeline.data.formats import TextRules
 from pipeline.data.ledger import headers
@@ -67,6 +67,8 @@ class Request:
             faults.append(f"--max-doc-bytes wants at least 1024, got {self.rules.max_document_bytes}")
         if self.share is not None and not 0 <= self.share[0] < self.share[1]:
             faults.append(f"--share wants I/N with I from 0 to N - 1, got {self.share[0]}/{self.share[1]}")
+        texts = {"--text-key": self.rules.key, "--text-separator": self.rules.separator, "--eos": self.eos}
+        faults += [f"{flag} wants UTF-8, got {text!r}" for flag, text in texts.items() if text and not is_unicode(text)]
         if self.share is not None and self.executor is not None:
             faults.append("--share and --executor exclude each other: give one")
         if faults:
