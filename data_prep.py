@@ -21,15 +21,15 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.data.audit import inspect, verify
-from pipeline.data.contamination import check_contamination
+from pipeline.data.contamination import check_contamination, evaluation_sources
 from pipeline.data.decide import rehearse
-from pipeline.data.dedup import deduplicate
+from pipeline.data.dedup import check_threshold, deduplicate
 from pipeline.data.executors import open_place
 from pipeline.data.export_llmc import export_llmc
 from pipeline.data.flags import output_of, parse, request_of
 from pipeline.data.manifest import SPLITS, Manifest, read_manifest
-from pipeline.data.prepare import prepare
-from pipeline.errors import run_command
+from pipeline.data.prepare import prepare, stopped
+from pipeline.errors import UserError, run_command
 from pipeline.locks import locked
 
 
@@ -47,13 +47,27 @@ def main() -> None:
     elif arguments.dry_run:
         rehearse(request_of(arguments), console=console)
     elif arguments.inputs or not (arguments.dedup or arguments.contamination is not None):
+        check_deletions(arguments)  # before hours of work, not after
         made = prepare(request_of(arguments), console=console)
         if made is None:
             console.print("this share is done; the same command without --share completes the dataset", markup=False)
             return
         finish(arguments, made, console)
     else:
+        check_deletions(arguments)
         finish(arguments, read_manifest(output_of(arguments)), console)
+
+
+def check_deletions(arguments: argparse.Namespace) -> None:
+    """Refuse what the flags about deletion get wrong."""
+    if not arguments.inputs and arguments.workers < 1:
+        raise UserError(f"--workers wants at least 1, got {arguments.workers}")
+    if arguments.dedup == "near":
+        check_threshold(arguments.near_threshold)
+    if arguments.delete_contaminated and not arguments.contamination:
+        raise UserError("--delete-contaminated wants --contamination FILE: the texts to look for")
+    for file in arguments.contamination or ():
+        evaluation_sources(str(file), arguments.text_key)
 
 
 def finish(arguments: argparse.Namespace, manifest: Manifest, console: Console) -> None:
@@ -61,8 +75,11 @@ def finish(arguments: argparse.Namespace, manifest: Manifest, console: Console) 
     output = output_of(arguments)
     if arguments.dedup or arguments.contamination is not None:
         place = open_place(arguments.executor, arguments.workers)
-        with locked(output, ask_of_other_hosts=True), place.open() as executor:
-            manifest = deletions(arguments, manifest, executor, console)
+        try:
+            with locked(output, ask_of_other_hosts=True), place.open() as executor:
+                manifest = deletions(arguments, manifest, executor, console)
+        except KeyboardInterrupt:
+            raise stopped("the dataset is whole, each of these deletions is done or not begun") from None
     console.print(summary(output, manifest), markup=False)
 
 

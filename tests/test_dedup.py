@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
 import resource
 import string
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import pairwise
 from pathlib import Path
 
@@ -513,3 +515,14 @@ def test_clusters_are_connected_components(pairs: list[tuple[int, int]], at_once
         part = np.array(pairs[start : start + at_once])
         join(clusters, part[:, 0], part[:, 1])
     assert find(clusters, np.arange(31)).tolist() == leader
+
+
+def test_a_worker_that_dies_is_one_message_and_changes_nothing(tmp_path: Path, planted: list[str]) -> None:
+    folder = write_dataset(tmp_path / "data", {"train": [planted[:10], planted[10:]]})
+    before = contents(folder)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as processes:
+        with pytest.raises(BrokenProcessPool):
+            processes.submit(os._exit, 1).result()
+        with pytest.raises(UserError, match=r"a worker process was killed.*run the same command again"):
+            dedup(folder, executor=processes)
+    assert contents(folder) == before

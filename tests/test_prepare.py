@@ -372,7 +372,10 @@ def test_a_full_disk_keeps_finished_units_and_no_temporaries(corpus: Path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(UserError, match=r"is full \(.* bytes free\); finished units are kept: make room and run"):
+        with pytest.raises(
+            UserError,
+            match=r"is full \(.* free, about \d.* are needed\); finished .* kept: make room and go on with: python",
+        ):
             run(request(corpus, "full"))
     assert not list((corpus.parent / "full").glob("*.tmp"))
     assert (corpus.parent / "full" / "train-00000.idx").exists()

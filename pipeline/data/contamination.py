@@ -25,7 +25,7 @@ from rich.console import Console
 from pipeline.data.corpus import check_text_key, find_corpus, read_unit
 from pipeline.data.dataset import open_shards
 from pipeline.data.deletion import delete_documents, open_shard, run_each
-from pipeline.data.formats import Document, TextRules
+from pipeline.data.formats import Document, Source, TextRules
 from pipeline.data.manifest import TOKENIZER_NAME, Contamination, Manifest, ShardInfo, read_manifest
 from pipeline.data.ngrams import SHORTEST, NgramIndex
 from pipeline.data.plan import plan_units
@@ -105,10 +105,16 @@ def _summary(record: Contamination, documents: int) -> list[str]:
     return [f"{line}: {action}" if record.documents else line]
 
 
-def evaluation_texts(file: str, text_key: str) -> Iterator[str]:
-    """The texts of one file, read like a corpus. Records that are no text are passed over."""
+def evaluation_sources(file: str, text_key: str) -> tuple[Source, ...]:
+    """What one file of evaluation texts comes to. Raises `UserError` if it is not there or lacks the key."""
     sources = find_corpus([file]).sources
     check_text_key(sources, text_key)
+    return sources
+
+
+def evaluation_texts(file: str, text_key: str) -> Iterator[str]:
+    """The texts of one file, read like a corpus. Records that are no text are passed over."""
+    sources = evaluation_sources(file, text_key)
     rules = TextRules(key=text_key, unit_bytes=_TEXT_BYTES, max_document_bytes=_TEXT_BYTES)
     for unit in plan_units(sources, rules):
         if unit.stream:

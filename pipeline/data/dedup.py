@@ -58,8 +58,7 @@ def deduplicate(
     through `executor` (None: here) and stay beside the shards as long as the method is `near`. Raises
     `UserError` for a threshold out of range and for a dataset that is not complete.
     """
-    if not LOWEST_THRESHOLD <= threshold <= 1:
-        raise UserError(f"--near-threshold {threshold:g}: wanted a similarity from {LOWEST_THRESHOLD} to 1, like 0.8")
+    check_threshold(threshold)
     manifest = read_manifest(folder)
     documents = _Documents(folder, manifest)
     for shard in documents.shards():
@@ -88,6 +87,12 @@ def deduplicate(
     )
     console.print(_summary(found, len(exact)), markup=False)
     return changed
+
+
+def check_threshold(threshold: float) -> None:
+    """Raise `UserError` for a similarity from which nothing sensible would be deleted."""
+    if not LOWEST_THRESHOLD <= threshold <= 1:
+        raise UserError(f"--near-threshold {threshold:g}: wanted a similarity from {LOWEST_THRESHOLD} to 1, like 0.8")
 
 
 def equal_documents(hashes: Words) -> Bits:

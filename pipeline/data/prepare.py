@@ -36,6 +36,7 @@ from pipeline.files import fsync_folder
 from pipeline.locks import LOCK_NAME, locked, refuse_held
 
 SPOOL_NAME = ".spool"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 EARLY_VERDICT_RECORDS = 10_000
 """Records after which a corpus may be found too bad before its end."""
 
@@ -57,7 +58,7 @@ def prepare(request: Request, *, console: Console) -> Manifest | None:
             try:
                 return _Preparation(request, corpus, identity, console).run()
             except KeyboardInterrupt:
-                raise _stopped("no unit was begun") from None
+                raise stopped("units that are done are kept") from None
 
 
 @contextmanager
@@ -114,10 +115,10 @@ class _Preparation:
         self.done: dict[tuple[int, int], UnitReport] = {}
         self.ends: dict[int, StreamEnd] = {}
         self._keep()
-        left = estimate(
-            seen.sample, sum(unit.size for unit in self._todo()), tokenizer=tokenizer, backend=backend, workers=1
-        )
+        size = sum(unit.size for unit in self._todo())
+        left = estimate(seen.sample, size, tokenizer=tokenizer, backend=backend, workers=1)
         refuse_small_disk(self.output, left.disk_bytes)
+        self.disk_bytes_per_byte = left.disk_bytes / max(size, 1)
         (self.output / MANIFEST_NAME).unlink(missing_ok=True)  # inputs changed: what it vouches for is about to
         self._write_ledger()
         tokenizer.save(self.output / TOKENIZER_NAME)
@@ -127,6 +128,12 @@ class _Preparation:
         """Do what is left, judge it, and write the manifest; a share of the units has none to write."""
         try:
             failed = self._do_units()
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            self._clean()  # before the room is measured
+            needed = self.disk_bytes_per_byte * sum(unit.size for unit in self._todo())
+            raise _disk_full(self.output, needed=int(needed)) from None
         finally:
             self._clean()
         ordered = [self.done[place] for place in sorted(self.done)]
@@ -241,7 +248,7 @@ class _Preparation:
                         self._early_verdict()
         except KeyboardInterrupt:
             count = sum(self._is_done(unit) for unit in self.units)
-            raise _stopped(f"{count} of {len(self.units)} units are done") from None
+            raise stopped(f"{count} of {len(self.units)} units are done") from None
         return sorted(failed, key=lambda unit: unit.unit)
 
     def _cut(self, unit: Unit) -> Iterator[Unit]:
@@ -308,8 +315,21 @@ class _Preparation:
             shutil.rmtree(self.output / SPOOL_NAME, ignore_errors=True)
 
 
-def _stopped(state: str) -> StoppedEarly:
-    return StoppedEarly(f"stopped: {state}; go on with: {shlex.join(['python', *sys.argv])}")
+def stopped(state: str) -> StoppedEarly:
+    """What Ctrl-C leaves, and the command that goes on from there."""
+    return StoppedEarly(f"stopped: {state}; go on with: {_same_command()}")
+
+
+def _same_command() -> str:
+    return shlex.join(["python", *sys.argv])
+
+
+def _disk_full(output: Path, *, needed: int | None = None) -> UserError:
+    more = "" if needed is None else f", about {needed:,} more are needed"
+    return UserError(
+        f"the disk of {output} is full ({free_bytes(output):,} bytes free{more}); finished units are kept: "
+        f"make room and go on with: {_same_command()}"
+    )
 
 
 @contextmanager
@@ -318,11 +338,8 @@ def _disk_errors(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"the disk of {output} is full ({free_bytes(output):,} bytes free); finished units are kept: "
-                "make room and run the same command again"
-            ) from None
+        if error.errno in _FULL:
+            raise _disk_full(output) from None
         if isinstance(error, PermissionError | FileExistsError | NotADirectoryError) or error.errno == errno.EROFS:
             raise UserError(f"cannot write to {output}: {error}; choose another --output") from None
         raise

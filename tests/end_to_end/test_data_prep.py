@@ -117,6 +117,22 @@ MISTAKES = {
         ["good.jsonl", "--output", "out", "--max-doc-bytes", "7"],
         "--max-doc-bytes wants at least 1024",
     ),
+    "dedup without workers": (
+        ["--output", "nowhere", "--dedup", "near", "--workers", "0"],
+        "--workers wants at least 1",
+    ),
+    "near threshold": (
+        ["good.jsonl", "--output", "out", "--dedup", "near", "--near-threshold", "0.2"],
+        "--near-threshold 0.2: wanted a similarity from 0.5 to 1",
+    ),
+    "no evaluation file": (
+        ["good.jsonl", "--output", "out", "--contamination", "goood.jsonl"],
+        "no file or folder 'goood.jsonl'",
+    ),
+    "delete what": (
+        ["good.jsonl", "--output", "out", "--delete-contaminated"],
+        "--delete-contaminated wants --contamination FILE",
+    ),
     "dedup nothing": (["--output", "nowhere", "--dedup", "exact"], "no dataset folder nowhere"),
     "export nothing": (["--export", "nowhere", "--output", "out"], "no dataset folder nowhere"),
     "verify nothing": (["--verify", "nowhere"], "no dataset folder nowhere"),
@@ -219,3 +235,21 @@ def test_repeated_documents_are_deleted_and_the_rest_exported(tmp_path: Path) ->
     exported = command("--export", output, "--output", tmp_path / "llmc")
     assert exported.returncode == 0, exported.stderr
     assert exported.stdout.count("wrote ") == 2
+
+
+def test_ctrl_c_in_deduplication_says_how_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines(150))
+    arguments = [tmp_path / "a.jsonl", "--output", tmp_path / "out", "--tokenizer", "bytes", "--dedup", "exact"]
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.data.dedup.deduplicate", interrupted)
+        code, _, err = call(*arguments, capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 75
+    assert re.match(r"stopped: the dataset is whole, .*; go on with: python .*data_prep.py .* --dedup exact", err)
+    code, out, _ = call(*arguments, capsys=capsys, monkeypatch=monkeypatch)
+    assert (code, "deleted: 0 equal" in out) == (0, True)
