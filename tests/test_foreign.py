@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from pipeline.data import foreign, foreign_files
 from pipeline.data.dataset import Dataset, TokenSplit
 from pipeline.data.foreign import open_foreign
+from pipeline.data.rows import Concat, Pack
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.errors import UserError
 
@@ -342,6 +343,36 @@ def test_an_id_that_the_sample_misses_is_found_when_text_is_counted(
         _ = split.text_bytes
 
 
+@pytest.mark.parametrize("dtype", ["uint16", "int32"])
+@pytest.mark.parametrize("wrong", [257, 9999, -1000])
+def test_an_id_that_the_sample_misses_is_found_when_it_is_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, wrong: int
+) -> None:
+    for name, value in (("SAMPLES", 2), ("SAMPLE_BYTES", 64), ("HEAD_BYTES", 64)):
+        monkeypatch.setattr(foreign, name, value)
+    T, documents = 16, [[65] * 49 + [EOS] for _ in range(20)]
+    for place in (8, 16, 24, 48):  # within a row, an input that is no label, the last label of a row
+        chosen = [list(document) for document in documents]
+        chosen[10][place] = wrong
+        path = tmp_path / "x.bin"
+        np.concatenate(chosen).astype(dtype).tofile(path)
+        split = open_foreign(str(path), tokenizer="bytes", dtype=dtype).split("train")  # type: ignore[arg-type] # a name
+        info = split.describe(10)
+        assert (info.row, info.text_bytes) == (10, 48)  # telling what was trained on fails on no content
+        for plan in (Concat(split, context_length=T), Pack(split, context_length=T, key=1)):
+            refused = 0
+            for row in range(plan.rows):
+                number = np.array([row])
+                touched = any(s.start <= 500 + place <= s.start + s.length for s in plan.spans(row, 0))
+                if not touched:
+                    plan.read(number, np.zeros_like(number), documents=False)
+                    continue
+                refused += 1
+                with pytest.raises(UserError, match=r"x.bin: id -?\d+ in document 10 is outside the vocabulary of 257"):
+                    plan.read(number, np.zeros_like(number), documents=True)
+            assert refused > 0
+
+
 def test_documents_too_long_to_count_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(foreign_files, "_LONGEST", 100)
     path = write_bare(tmp_path / "x.bin", [1, EOS, *[2] * 101])
@@ -355,6 +386,19 @@ def test_a_file_without_ends_is_noted(tmp_path: Path) -> None:
     path = write_bare(tmp_path / "x.bin", [1, 2, 3])
     [note] = open_foreign(str(path), tokenizer="bytes", dtype="uint16").notes
     assert note.startswith("no '<|endoftext|>' (256) in the first tokens")
+
+
+@pytest.mark.parametrize(("written", "dtype"), [("uint32", "uint16"), ("int64", "int32"), (">u4", "uint16")])
+def test_ids_read_narrower_than_they_were_written_are_refused(tmp_path: Path, written: str, dtype: Any) -> None:
+    np.array(STREAM, written).tofile(tmp_path / "x.bin")
+    with pytest.raises(UserError, match=r"every other id is 0|outside the vocabulary"):
+        open_foreign(str(tmp_path / "x.bin"), tokenizer="bytes", dtype=dtype)
+
+
+def test_zeros_alone_are_not_taken_for_wider_ids(tmp_path: Path) -> None:
+    for number, ids in enumerate(([0] * 100, [65, 0] * 7, [0, 65, 65, 0] * 9)):
+        path = write_bare(tmp_path / f"{number}.bin", ids)
+        assert open_foreign(str(path), tokenizer="bytes", dtype="uint16").split("train").n_tokens == len(ids)
 
 
 def edit(path: Path, change: Callable[[bytes], bytes]) -> None:

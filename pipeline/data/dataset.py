@@ -58,10 +58,19 @@ class TokenSplit:
 
     Deleted documents are no part of it: the stream consists of segments, runs of kept documents of one part.
     Documents and tokens are numbered along the stream. `text_bytes` may be a function, called when first asked.
+    `unproven`: the vocabulary of ids that were not all looked at: plans then look at what they read. None: they were.
     """
 
-    def __init__(self, parts: Sequence[Part], *, text_bytes: int | Callable[[], int], dtype: np.dtype[Any]) -> None:
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        *,
+        text_bytes: int | Callable[[], int],
+        dtype: np.dtype[Any],
+        unproven: int | None = None,
+    ) -> None:
         self.parts = tuple(parts)
+        self.unproven = unproven
         self._text_bytes = text_bytes
         self._dtype = dtype
         runs = [_segments(part) for part in self.parts]

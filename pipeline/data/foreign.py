@@ -1,8 +1,8 @@
 """Training on what other tools tokenized, in place: nothing is copied, nothing is written.
 
 In: files of ids (Megatron or NeMo, nanoGPT, llm.c or modded-nanogpt) and the tokenizer that made them. Out: a `Dataset`
-like one of data_prep.py. Opening reads headers, indices and a sample of the ids; where documents begin in files that do
-not say is found when first asked, in one pass over them.
+like one of data_prep.py. Opening reads headers, indices and a sample of the ids, the others are looked at when they are
+trained on; where documents begin in files that do not say is found when first asked, in one pass over them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pipeline.errors import UserError
 
 SAMPLES, SAMPLE_BYTES, HEAD_BYTES = 64, 2**20, 2**16
 ENDS_LOOKED_AT = 1024
+FEWEST_TO_JUDGE = 16  # ids, of which to say that they were written as another type
 CUT_SEARCH = 2**20  # tokens in which the end of a document is looked for, to cut the validation split off there
 _DECODED_AT_ONCE = 2**16
 
@@ -114,11 +115,13 @@ class ForeignPart:
     def describe(self, document: int) -> DocumentInfo:
         """The file of a document and its number there."""
         first, stop = (int(edge) for edge in self._edges[document : document + 2])
+        ids = self.tokens[first:stop]
+        known = (ids >= 0) & (ids < self._counter.tokenizer.vocab_size)  # what was not looked at yet may hold anything
         return DocumentInfo(
             source=str(self.file.path),
             row=self.file.row(self._first + document),
             tokens=stop - first,
-            text_bytes=self._counter.count(self.tokens[first:stop]),
+            text_bytes=self._counter.count(ids[known]),
         )
 
     def spans(self) -> Iterator[tuple[int, int]]:
@@ -201,6 +204,15 @@ def check_ids(ids: Tokens, file: TokenFile, *, first: int, vocab_size: int, toke
         )
 
 
+def check_width(ids: Tokens, file: TokenFile) -> None:
+    """Refuse bare ids that were written wider than they are read: every other one is then 0, which no text gives."""
+    if file.bare and len(ids) >= FEWEST_TO_JUDGE and ids.any() and not (ids[1::2].any() and ids[::2].any()):
+        raise UserError(
+            f"{file.path}: every other id is 0, so the file holds wider ones than {file.dtype.name}; set dtype to "
+            "int32 or uint32, and write ids of 64 bits anew as one of these"
+        )
+
+
 def _paths(path: str, *, val: str | None, val_fraction: float | None) -> tuple[list[Path], list[Path]]:
     """The files to train on and to validate on."""
     if val is not None and val_fraction:
@@ -235,7 +247,12 @@ def _pieces(files: Sequence[TokenFile], *, start: int, stop: int) -> Iterator[tu
 def _split(files: Sequence[TokenFile], counter: TextCounter, *, start: int = 0, stop: int | None = None) -> TokenSplit:
     end = sum(file.n_tokens for file in files) if stop is None else stop
     parts = [ForeignPart(f, start=a, stop=b, counter=counter) for f, a, b in _pieces(files, start=start, stop=end)]
-    return TokenSplit(parts, text_bytes=lambda: counter.total(parts), dtype=files[0].seen_dtype)
+    return TokenSplit(
+        parts,
+        text_bytes=lambda: counter.total(parts),
+        dtype=files[0].seen_dtype,
+        unproven=counter.tokenizer.vocab_size,
+    )
 
 
 def _look(files: Sequence[TokenFile], tokenizer: TextTokenizer, name: str) -> list[Any]:
@@ -259,6 +276,7 @@ def _look(files: Sequence[TokenFile], tokenizer: TextTokenizer, name: str) -> li
     for file, start, stop in places:
         ids = file.read(start, stop)
         check_ids(ids, file, first=start, vocab_size=tokenizer.vocab_size, tokenizer=name)
+        check_width(ids, file)
         sample.update(ids.tobytes())
     indices = [hashlib.sha256(file.index.content).hexdigest() if file.index else None for file in files]
     return [*types, [file.n_tokens for file in files], indices, sample.hexdigest()]

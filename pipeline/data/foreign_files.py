@@ -143,6 +143,11 @@ class TokenFile:
         return np.frombuffer(content, self.seen_dtype, count=self.n_tokens, offset=self.offset)
 
     @property
+    def bare(self) -> bool:
+        """Whether the file does not say of which type its ids are."""
+        return self.index is None and self.offset == 0
+
+    @property
     def seen_dtype(self) -> np.dtype[Any]:
         """The type of `ids`."""
         return np.dtype("<i4") if self.dtype == np.dtype("<u4") else self.dtype
@@ -246,6 +251,15 @@ def _bin_of(path: Path) -> Path:
     if path.suffix == ".idx":
         return path.with_suffix(".bin")
     return path if path.is_file() else _beside(path, ".bin")
+
+
+def is_foreign(path: str) -> bool:
+    """Whether a path is one that only data of other tools has: a file or prefix, a glob, or nanoGPT's folder."""
+    given = Path(path).expanduser()
+    if given.is_dir():
+        return (given / "train.bin").is_file() and not (given / MANIFEST_NAME).exists()
+    files = (given, _beside(given, ".idx"), _beside(given, ".bin"))
+    return glob.has_magic(path) or any(file.is_file() and file.suffix in (".bin", ".idx") for file in files)
 
 
 def open_file(path: Path, *, dtype: DtypeName | None, eos_id: int) -> TokenFile:

@@ -19,6 +19,7 @@ from pipeline.data.dataset import TokenSplit
 from pipeline.data.order import Indices, mix_keys, permute
 from pipeline.data.packing import pack_shapes
 from pipeline.data.shards import DocumentInfo
+from pipeline.errors import UserError
 
 IGNORED = -100  # as a label: nothing to predict here
 PADDING = -1  # as a document: none
@@ -109,7 +110,10 @@ class Plan(Protocol):
     targets: int
 
     def read(self, rows: Indices, epochs: Indices, *, documents: bool) -> Rows:
-        """Rows number `rows` of `epochs`, both (B,). `documents`: also tell which document each position is of."""
+        """Rows number `rows` of `epochs`, both (B,). `documents`: also tell which document each position is of.
+
+        Errors: an id outside the vocabulary, in a split whose ids were not all looked at before.
+        """
 
     def spans(self, row: int, epoch: int) -> list[Span]:
         """What lies where in a row."""
@@ -132,6 +136,9 @@ class Concat:
 
     def read(self, rows: Indices, epochs: Indices, *, documents: bool) -> Rows:
         """As `Plan.read`; every epoch has the same rows."""
+        return _in_vocabulary(self._read(rows, documents=documents), self, numbers=rows, epochs=epochs)
+
+    def _read(self, rows: Indices, *, documents: bool) -> Rows:
         T = self.context_length
         starts = rows * T
         lengths = np.minimum(starts + T, self.split.n_tokens - 1) - starts
@@ -202,7 +209,8 @@ class Pack:
             flat_tokens[place:stop] = ids[:-1] if full else 0
             flat_labels[place:stop] = ids[1:] if full else IGNORED
         numbers = np.repeat(slots.document, slots.length).reshape(shape) if documents else None
-        return Rows(tokens, labels, documents=numbers, positions=positions)
+        made = Rows(tokens, labels, documents=numbers, positions=positions)
+        return _in_vocabulary(made, self, numbers=rows, epochs=epochs)
 
     def spans(self, row: int, epoch: int) -> list[Span]:
         """As `Plan.spans`."""
@@ -248,6 +256,30 @@ class _Slots:
     start: Indices
     length: Indices
     place: Indices
+
+
+def _in_vocabulary(read: Rows, plan: Plan, *, numbers: Indices, epochs: Indices) -> Rows:
+    """`read`, which is rows `numbers` of `epochs`. Errors: an id that a device would fail on, and not say why.
+
+    Costs a hundredth of reading.
+    """
+    size = plan.split.unproven
+    if size is None:
+        return read
+    tokens = read.tokens.view(np.uint64)  # in which negative ids are large; labels may be -100, and most are tokens too
+    if tokens.max() < size and read.labels.max() < size and read.labels.min() >= IGNORED:
+        return read
+    for row, epoch in zip(numbers.tolist(), epochs.tolist(), strict=True):
+        for span in plan.spans(row, epoch):
+            ids = plan.split.tokens(span.start, span.start + span.length + 1)
+            for place in np.flatnonzero((ids < 0) | (ids >= size))[:1].tolist():
+                token = span.start + place
+                info = plan.split.describe(int(plan.split.document_of(token, token + 1)[0]))
+                raise UserError(
+                    f"{info.source}: id {ids[place]} in document {info.row} is outside the vocabulary of {size} "
+                    "tokens: another tokenizer made the file, or it is damaged; name that tokenizer or copy it again"
+                )
+    raise AssertionError("rows hold an id that their spans do not")
 
 
 def _ranges(starts: Indices, counts: Indices) -> Indices:
