@@ -233,8 +233,39 @@ def test_datasets_that_do_not_fit_together_are_refused(folders: list[Path], tmp_
         open_sources(settings([folders[0], tmp_path / "copy"]))
     huge = settings(folders).model_dump()
     huge["model"]["context_length"] = huge["train"]["batch_tokens"] = 2**20
-    with pytest.raises(UserError, match=r"part-0 has \d+ training tokens, one row needs 1048577"):
+    with pytest.raises(UserError, match=r"part-0 has \d+ training tokens, one row needs 1048577: .* data.plan to pack"):
         open_sources(Config.model_validate(huge))
+
+
+def test_data_without_a_pair_is_told_as_it_is(tmp_path: Path) -> None:
+    np.full(500, 256, np.uint16).tofile(tmp_path / "ends.bin")
+    about = {"path": str(tmp_path / "ends.bin"), "tokenizer": "bytes", "dtype": "uint16", "plan": "pack"}
+    config = Config.model_validate({**settings([tmp_path]).model_dump(), "data": about})
+    with pytest.raises(UserError, match="has 500 training tokens, but no document of two or more"):
+        open_sources(config)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("nano", "is data of another tool, .*name the tokenizer"),
+        ("nano/train.bin", "is data of another tool"),
+        ("nano/*.bin", "is data of another tool"),
+        ("megatron", "is data of another tool"),
+        ("megatron.idx", "is data of another tool"),
+        ("text.jsonl", "is a file, wanted a folder: python data_prep.py .*text.jsonl --output"),
+        ("other", "no dataset folder"),
+        ("unfinished", "is not complete"),
+    ],
+)
+def test_what_is_no_dataset_is_told_apart(tmp_path: Path, path: str, message: str) -> None:
+    for folder in ("nano", "unfinished"):
+        (tmp_path / folder).mkdir()
+    names = ("nano/train.bin", "megatron.bin", "megatron.idx", "text.jsonl", "unfinished/train-00000.bin")
+    for name in names:
+        (tmp_path / name).write_bytes(b"\1\0\2\0")
+    with pytest.raises(UserError, match=message):
+        open_sources(settings([tmp_path / path]))
 
 
 def test_validation_is_each_val_split_once(folders: list[Path]) -> None:

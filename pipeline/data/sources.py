@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 from pipeline.config import Config
 from pipeline.config_data import SourceConfig
 from pipeline.data.blend import Blend, Phase, PhaseSource
 from pipeline.data.dataset import Dataset, TokenSplit, open_dataset
+from pipeline.data.foreign_files import is_foreign
 from pipeline.data.loader import Fixed, Loader, Shuffled
 from pipeline.data.rows import Concat, Pack, Plan
 from pipeline.errors import UserError
@@ -94,10 +95,16 @@ def open_sources(config: Config) -> TrainingData:
 def lay_out(name: str, settings: SourceConfig, dataset: Dataset, config: Config) -> Source:
     """A dataset in rows. Errors: not even one."""
     plan = make_plan(dataset.split("train"), config, digest=dataset.data_digest)
+    if plan.rows == 0 and config.data.plan == "pack":
+        raise UserError(
+            f"{dataset.path} has {plan.split.n_tokens} training tokens, but no document of two or more, so nothing to "
+            "predict: prepare more text, or name the token that ends its documents (eos) if another tool made it"
+        )
     if plan.rows == 0:
         raise UserError(
             f"{dataset.path} has {plan.split.n_tokens} training tokens, one row needs "
-            f"{config.model.context_length + 1}: prepare more text or lower model.context_length"
+            f"{config.model.context_length + 1}: prepare more text, lower model.context_length, "
+            "or set data.plan to pack, which pads"
         )
     validation = make_plan(dataset.split("val"), config, digest=dataset.data_digest)
     return Source(name, settings, dataset, plan, validation if validation.all_rows else None)
@@ -117,6 +124,7 @@ def reopen(known: PhaseSource, config: Config) -> Source:
 def open_source(source: SourceConfig) -> Dataset:
     """A dataset of data_prep.py, or where a tokenizer is named, of another tool."""
     if source.tokenizer is None:
+        _refuse_unprepared(source.path)
         return open_dataset(source.path)
     from pipeline.data.foreign import open_foreign  # tokenizers are slow to import and seldom needed to train
 
@@ -146,6 +154,19 @@ def unique_names(paths: Sequence[str]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return list(paths)
+
+
+def _refuse_unprepared(path: str) -> None:
+    """Errors: text that was not prepared; data of other tools without what is to be said of it."""
+    if is_foreign(path):
+        raise UserError(
+            f"{path} is data of another tool, wanted a folder of data_prep.py: to train on it as it is, name the "
+            "tokenizer that made it beside the path (data.tokenizer), and for bare ids their type (data.dtype)"
+        )
+    if Path(path).expanduser().is_file():
+        raise UserError(
+            f"{path} is a file, wanted a folder: python data_prep.py {path} --output FOLDER makes one of it"
+        )
 
 
 def _refuse_misfits(datasets: Sequence[Dataset], names: Sequence[str]) -> None:
