@@ -107,6 +107,11 @@ class Run:
                 f"the tokenizer of {self.data.where} is not the one that {checkpoint} was trained with: "
                 f"checkpoint {was[:16]}, data {now[:16]}; restore the data or choose another --run-dir"
             )
+        if state.tokenizer_eos_id != self.data.eos_id:
+            raise UserError(
+                f"documents of {self.data.where} end with id {self.data.eos_id}, {checkpoint} was trained on ones that "
+                f"end with {state.tokenizer_eos_id}; restore the data (or its eos) or choose another --run-dir"
+            )
         changes = changed_settings(read_config(checkpoint), self.config, n_tokens=state.n_tokens)
         changes |= self._data_changes(state.phases[-1], checkpoint)
         precision = str(self.runtime.precision)

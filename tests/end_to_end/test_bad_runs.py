@@ -13,6 +13,7 @@ from rich.console import Console
 
 from pipeline.data.prepare import prepare
 from pipeline.data.request import Request
+from pipeline.data.tokenizer import load_tokenizer
 from pipeline.train.checkpoint import list_checkpoints, verify
 from tests.support import make_dataset, record, run_pretrain, tiny_settings, write_config, write_corpus
 
@@ -91,6 +92,21 @@ def test_other_tokenizer_than_the_checkpoints(finished: Path, config: Path, tmp_
     before = files_of(finished)
     assert "the tokenizer of" in mistake(config, "--data.path", str(other), "--train.steps", "14")
     assert files_of(finished) == before
+
+
+def test_another_end_of_documents_than_the_checkpoints(config: Path, tmp_path: Path) -> None:
+    text = load_tokenizer("bytes", eos=None)
+    definition = json.loads(json.dumps(text.definition))
+    definition["added_tokens"].append({**definition["added_tokens"][0], "id": 257, "content": "<other>"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    np.tile(np.arange(65, 90, dtype=np.uint16), 100).tofile(tmp_path / "x.bin")
+    about = {"path": str(tmp_path / "x.bin"), "tokenizer": str(tmp_path / "tokenizer.json"), "dtype": "uint16"}
+    write_config(config, tiny_settings(tmp_path, tmp_path / "run", data={**about, "eos": "<|endoftext|>"}))
+    code, printed = run_pretrain(config, "--train.steps", "4")
+    assert code == 0, printed
+    printed = mistake(config, "--data.eos", "<other>", "--checkpoint.allow-changes", "true", "--train.steps", "4")
+    assert "end with id 257" in printed
+    assert "end with 256" in printed
 
 
 def test_other_data_than_the_checkpoints(finished: Path, config: Path, tmp_path: Path) -> None:
