@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -751,3 +752,20 @@ def test_a_dataset_of_another_version_is_not_touched(corpus: Path) -> None:
     (corpus.parent / "out" / "ledger.jsonl").unlink()
     with pytest.raises(UserError, match=r"run data_prep\.py again into another --output"):
         run(request(corpus))
+
+
+def test_bad_records_take_no_memory(corpus: Path) -> None:
+    """Their excerpts would be 4 MB and more, once for the first look and once for the unit."""
+    bad = "".join(json.dumps({"body": f"{i} " + "x" * 200}) + "\n" for i in range(12_000))
+    (corpus / "a.jsonl").write_text(json.dumps({"text": "one"}) + "\n" + bad)
+    run(request(corpus, "warm", inputs=(str(corpus / "b.jsonl"),), tokenizer="bytes"))
+    tracemalloc.start()
+    try:
+        manifest, _ = run(request(corpus, tokenizer="bytes", max_bad=1.0, rules=TextRules(), backend="tokenizers"))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert manifest.drops == {"no key 'text'": 12_000}
+    lines = (corpus.parent / "out" / "quarantine.jsonl").read_bytes().splitlines()
+    assert [json.loads(line)["row"] for line in lines] == list(range(1, 12_001))
+    assert peak < 4e6

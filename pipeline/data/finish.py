@@ -29,7 +29,7 @@ from pipeline.data.manifest import (
 )
 from pipeline.data.request import input_infos
 from pipeline.data.shards import token_dtype
-from pipeline.data.unit import EXAMPLES, UnitReport, UnitSettings
+from pipeline.data.unit import UnitReport, UnitSettings
 from pipeline.errors import UserError
 
 QUARANTINE_NAME = "quarantine.jsonl"
@@ -53,12 +53,12 @@ def too_many_bad(reports: Sequence[UnitReport], corpus: Corpus, *, max_bad: floa
     )
 
 
-def no_documents(rejected: Sequence[Rejected], corpus: Corpus) -> UserError:
+def no_documents(drops: Counter[str], examples: Sequence[Rejected], corpus: Corpus) -> UserError:
     """The error for inputs without a single document."""
-    if not rejected:
+    if not drops:
         return UserError(f"no document in {len(corpus.sources)} inputs: all of them are empty")
-    table = _table(Counter(record.reason for record in rejected)) + _lines(rejected, corpus)
-    return UserError(f"no document in {len(corpus.sources)} inputs: all {len(rejected)} records are bad{table}")
+    table = _table(drops) + _lines(examples, corpus)
+    return UserError(f"no document in {len(corpus.sources)} inputs: all {drops.total()} records are bad{table}")
 
 
 def _examples(reports: Sequence[UnitReport], corpus: Corpus) -> str:
@@ -77,7 +77,7 @@ def _table(counts: Counter[str]) -> str:
 def _lines(rejected: Sequence[Rejected], corpus: Corpus) -> str:
     return "".join(
         f"\n  {corpus.sources[record.source].name}, row {record.row}: {record.reason}: {record.excerpt[:80]}"
-        for record in rejected[:EXAMPLES]
+        for record in rejected
     )
 
 

@@ -92,7 +92,7 @@ class _Preparation:
         self.units = plan_units(corpus.sources, request.rules)
         seen = survey(self.units, request.rules)
         if not (seen.documents or seen.damaged) and not any(source.held_out for source in corpus.sources):
-            raise no_documents(seen.rejected, corpus)
+            raise no_documents(seen.drops, seen.examples, corpus)
         rule = split_rule(request, seen, corpus, console)
         tokenizer = self._tokenizer()
         backend, reason = encoder_for(request, tokenizer, seen, self.units)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -21,6 +22,7 @@ from pipeline.data.formats import Document, Rejected, TextRules
 from pipeline.data.plan import Unit
 from pipeline.data.shards import DOCUMENT_DTYPE, token_dtype
 from pipeline.data.tokenizer import TextTokenizer
+from pipeline.data.unit import EXAMPLES
 from pipeline.errors import UserError
 
 FEW_DOCUMENTS = 100
@@ -39,23 +41,27 @@ class Survey:
     """What the beginning of the corpus shows.
 
     `documents` are those to train on, as many as were looked at, `expected` the number that follows for the whole
-    corpus; `sample` is text from all over it; `damaged`: some of what was looked at could not be read.
+    corpus; `sample` is text from all over it; `drops` counts the bad records by reason, `examples` shows the first;
+    `damaged`: some of what was looked at could not be read.
     """
 
     documents: int
     expected: int
     sample: tuple[bytes, ...]
-    rejected: tuple[Rejected, ...]
+    drops: Counter[str]
+    examples: tuple[Rejected, ...]
     damaged: bool
 
 
 def survey(units: Sequence[Unit], rules: TextRules) -> Survey:
     """Read the beginning of the corpus and of some units. What is damaged tells nothing; it is found out later."""
-    documents, seen, rejected, damaged = 0, 0, [], list[str]()
+    documents, seen, damaged = 0, 0, list[str]()
+    drops, examples = Counter[str](), list[Rejected]()
     records = ((unit, record) for unit in units for record in _readable(unit, rules, damaged))
     for unit, record in records:
         if isinstance(record, Rejected):
-            rejected.append(record)
+            drops[record.reason] += 1
+            examples += [record] if len(examples) < EXAMPLES else []
         elif not _held_out(unit, record):
             documents += 1
             seen += len(record.content)
@@ -69,7 +75,7 @@ def survey(units: Sequence[Unit], rules: TextRules) -> Survey:
     sample: list[bytes] = []
     for unit in chosen:
         sample += _beginning(unit, rules, SAMPLED_BYTES // len(chosen))
-    return Survey(documents, int(documents / share), tuple(sample), tuple(rejected), damaged=bool(damaged))
+    return Survey(documents, int(documents / share), tuple(sample), drops, tuple(examples), damaged=bool(damaged))
 
 
 def _held_out(unit: Unit, document: Document) -> bool:

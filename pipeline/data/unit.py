@@ -7,13 +7,16 @@ process.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from secrets import token_hex
+from types import TracebackType
+from typing import IO, Any, Self
 
 import numpy as np
 import orjson
@@ -155,7 +158,6 @@ def prepare_unit(unit: Unit, settings: UnitSettings, *, on_batch: OnBatch | None
 
 def _write(unit: Unit, settings: UnitSettings, encoder: Encoder, on_batch: OnBatch | None) -> UnitReport:
     held_out = {piece.index: piece.source.held_out for piece in unit.pieces}
-    rejected: list[Rejected] = []
     reading = _Reading(allow_failed=settings.allow_failed)
     documents, text_bytes, lowest_draw = 0, 0, 2**64 - 1
     split = settings.split
@@ -164,9 +166,10 @@ def _write(unit: Unit, settings: UnitSettings, encoder: Encoder, on_batch: OnBat
         for name in SPLITS:
             writer = ShardWriter(settings.output, f"{name}-{unit.name}", vocab_size=settings.vocab_size)
             sinks[name] = _Sink(stack.enter_context(writer), encoder, settings.eos_id, on_batch)
+        quarantine = stack.enter_context(_Quarantine(settings.output, unit))
         for record in reading.records(unit, settings.rules):
             if isinstance(record, Rejected):
-                rejected.append(_refused(record, unit, strict=settings.strict))
+                quarantine.add(_refused(record, unit, strict=settings.strict))
                 continue
             content = record.content
             draw = split.draw(content)
@@ -175,7 +178,7 @@ def _write(unit: Unit, settings: UnitSettings, encoder: Encoder, on_batch: OnBat
             lowest_draw = min(lowest_draw, draw)
             for part, text in split.parts(content, draw=draw, held_out=held_out[record.source]).items():
                 sinks[part].add(text, record)
-        quarantine = _set_aside(unit, settings.output, rejected)
+        set_aside = quarantine.commit()
         written = {name: sink.finish() for name, sink in sinks.items()}
     noticed = sum((sink.noticed for sink in sinks.values()), Counter({"invalid bytes replaced": reading.replaced}))
     return UnitReport(
@@ -187,10 +190,10 @@ def _write(unit: Unit, settings: UnitSettings, encoder: Encoder, on_batch: OnBat
         documents=documents,
         text_bytes=text_bytes,
         rows=reading.rows,
-        drops=Counter(record.reason for record in rejected),
-        examples=tuple(rejected[:EXAMPLES]),
+        drops=quarantine.drops,
+        examples=tuple(quarantine.examples),
         noticed={what: count for what, count in noticed.items() if count},
-        quarantine=quarantine,
+        quarantine=set_aside,
         lowest_draw=lowest_draw,
         failed=tuple(reading.failed),
     )
@@ -236,13 +239,44 @@ def _refused(record: Rejected, unit: Unit, *, strict: bool) -> Rejected:
     return record
 
 
-def _set_aside(unit: Unit, output: Path, rejected: list[Rejected]) -> str | None:
-    """Write the rejected records of a unit, one JSON object a line; the name of the file, or None without any."""
-    if not rejected:
-        return None
-    name = f"quarantine-{unit.name}.jsonl"
-    write_durably(output / name, b"".join(orjson.dumps(record._asdict()) + b"\n" for record in rejected))
-    return name
+class _Quarantine:
+    """Writes the rejected records of a unit, one JSON object a line, as they come: there may be very many."""
+
+    def __init__(self, output: Path, unit: Unit) -> None:
+        self.drops: Counter[str] = Counter()
+        self.examples: list[Rejected] = []
+        self._path = output / f"quarantine-{unit.name}.jsonl"
+        self._temporary = self._path.with_name(f"{self._path.name}.{token_hex(4)}.tmp")
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """Drop what was not committed."""
+        try:
+            if self._file:
+                self._file.close()
+        finally:
+            self._temporary.unlink(missing_ok=True)  # gone already when committed
+
+    def add(self, record: Rejected) -> None:
+        self.drops[record.reason] += 1
+        if len(self.examples) < EXAMPLES:
+            self.examples.append(record)
+        if self._file is None:
+            self._file = self._temporary.open("wb")
+        self._file.write(orjson.dumps(record._asdict()) + b"\n")
+
+    def commit(self) -> str | None:
+        """Make the records durable; the name of their file, or None without any."""
+        if self._file is None:
+            return None
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._temporary.replace(self._path)
+        return self._path.name
 
 
 class _Sink:
