@@ -35,10 +35,12 @@ from pipeline.data.decide import rehearse
 from pipeline.data.encoder import Encoder, EncoderMismatch
 from pipeline.data.formats import TextRules
 from pipeline.data.manifest import Manifest, SplitName
+from pipeline.data.plan import Unit
 from pipeline.data.prepare import prepare
 from pipeline.data.request import Request
 from pipeline.data.survey import training_sample
 from pipeline.data.tokenizer import load_tokenizer
+from pipeline.data.unit import UnitReport, prepare_unit
 from pipeline.errors import StoppedEarly, Unfinished, UserError
 from pipeline.locks import locked
 from pipeline.seeds import named_seed
@@ -138,6 +140,7 @@ import os, signal, sys
 from pathlib import Path
 from rich.console import Console
 from pipeline.data.formats import TextRules
+from pipeline.data.plan import Unit
 from pipeline.data.prepare import prepare
 from pipeline.data.request import Request
 
@@ -769,3 +772,21 @@ def test_bad_records_take_no_memory(corpus: Path) -> None:
     lines = (corpus.parent / "out" / "quarantine.jsonl").read_bytes().splitlines()
     assert [json.loads(line)["row"] for line in lines] == list(range(1, 12_001))
     assert peak < 4e6
+
+
+def test_an_input_that_changes_during_the_work_is_not_passed_off(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = request(corpus, tokenizer="bytes")
+
+    def late(unit: Unit, **others: Any) -> UnitReport:
+        if unit.number == 3:
+            write_lines(corpus / "b.jsonl", [text.upper() for text in TEXTS[120:]])
+        return prepare_unit(unit, **others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.data.prepare.prepare_unit", late)
+        with pytest.raises(UserError, match=r"1 inputs changed while they were prepared, such as .*b\.jsonl"):
+            run(wanted)
+    _, said = run(wanted)
+    assert "made again because input or files changed" in said
+    run(replace(wanted, output=corpus.parent / "fresh"))
+    assert content(corpus.parent / "out") == content(corpus.parent / "fresh")

@@ -82,6 +82,19 @@ def find_corpus(
     return Corpus(tuple(found), search.notes())
 
 
+def changed_since(corpus: Corpus) -> list[str]:
+    """Names of the files that are there, but not as they were when they were found."""
+    changed = []
+    for source in corpus.sources:
+        try:
+            status = source.file.stat()
+        except OSError:  # gone, and with it the question
+            continue
+        if source.kind != "saved" and _fingerprint(source.file, source.name, status) != source.fingerprint:
+            changed.append(source.name)
+    return changed
+
+
 def check_text_key(sources: Iterable[Source], key: str) -> None:
     """Refuse at once, before any work, when the first readable source of a kind has records without the text key."""
     seen: set[Kind] = set()
@@ -277,11 +290,17 @@ def _file_source(path: Path, name: str, notes: set[str]) -> Source:
     if kind == "parquet" and head and not head.startswith(b"PAR1"):
         remedy = "unpack it" if compression else "copy it again"
         raise UserError(f"{name} is not a parquet file: it begins with {head[:4]!r}, wanted b'PAR1'; {remedy}")
-    # The name of a file of the hub holds its revision, and in the cache it is called by a digest of its content:
-    # unlike the time of change, neither depends on when it was downloaded.
-    changed = path.resolve().name if "://" in name else status.st_mtime_ns
     where = "" if name == str(path) else str(path)
-    return Source(name, kind, compression, status.st_size, f"{status.st_size}-{changed}", path=where)
+    return Source(name, kind, compression, status.st_size, _fingerprint(path, name, status), path=where)
+
+
+def _fingerprint(path: Path, name: str, status: os.stat_result) -> str:
+    """Size and time of change of a file.
+
+    The name of a file of the hub holds its revision, and in the cache it is called by a digest of its content: unlike
+    the time of change, neither depends on when it was downloaded.
+    """
+    return f"{status.st_size}-{path.resolve().name if '://' in name else status.st_mtime_ns}"
 
 
 def _json_kind(path: Path, compression: Compression) -> Kind:

@@ -19,7 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.data.corpus import Corpus
+from pipeline.data.corpus import Corpus, changed_since
 from pipeline.data.decide import corpus_of, encoder_for, free_bytes, make_tokenizer, split_rule
 from pipeline.data.executors import CutEnd, Failure, UnitRun, open_place
 from pipeline.data.finish import manifest_of, no_documents, refuse_empty_split, too_many_bad, write_quarantine
@@ -151,6 +151,11 @@ class _Preparation:
         if bad:
             raise bad
         refuse_empty_split(ordered, self.settings)
+        if changed := changed_since(self.corpus):
+            raise UserError(
+                f"{len(changed)} inputs changed while they were prepared, such as {changed[0]}; once they stay as they "
+                "are, run the same command again: only their units are made again"
+            )
         write_quarantine(self.output, ordered, self.corpus)
         manifest = manifest_of(ordered, self.settings, self.corpus, identity=self.identity, failed=failed)
         write_manifest(self.output, manifest)
