@@ -6,7 +6,6 @@ import math
 import random
 from collections import Counter
 from fractions import Fraction
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 
 from pipeline.config import Config
 from pipeline.config_data import SourceConfig
-from pipeline.data.blend import BLOCK, Blend, Phase, PhaseSource, counts
+from pipeline.data.blend import HAND, Blend, Phase, PhaseSource, counts
 from pipeline.data.loader import Loader, RankBatch
 from pipeline.data.sources import TrainingData, open_sources, unique_names
 from pipeline.errors import UserError
@@ -77,10 +76,12 @@ def test_counts_are_whole_never_fall_and_stay_near_the_ideal(size: int) -> None:
     for kind in range(4):
         weights = sorted(Fraction(repr(generator.random() ** (1, 8, 40, 0)[kind] + 1e-12)) for _ in range(size))
         shares = [weight / sum(weights) for weight in weights]
+        scale = math.lcm(*(share.denominator for share in shares))
+        whole = [int(share * scale) for share in shares]
         before = [0] * size
         harmonic = sum(1 / n for n in range(1, size))
         for rows in [*range(700), 10**6, 10**6 + 1, 10**15, 10**15 + 1]:
-            found = counts(shares, rows)
+            found = counts(whole, rows)
             assert sum(found) == rows
             assert min(b - a for a, b in zip(before, found, strict=True)) >= 0
             off = [count - rows * share for count, share in zip(found, shares, strict=True)]
@@ -106,14 +107,25 @@ def test_shares_hold_in_every_block_and_over_a_thousand_steps(weights: dict[str,
     total = sum(weights.values())
     for name, weight in weights.items():
         wanted = weight / total
-        for steps in (1000, 997):  # of 12 rows; the second ends inside a block
-            assert abs(names[: steps * 12].count(name) / (steps * 12) - wanted) < 0.001
-        for end in range(BLOCK, 12_000, BLOCK):
+        for batch in (2, 4, 8, 12):
+            for steps in (1000, 997):  # the second may end inside a hand
+                rows = steps * batch
+                assert abs(names[:rows].count(name) / rows - wanted) < (
+                    0.001 if rows % HAND == 0 or batch > 4 else 0.002
+                )
+        for end in range(HAND, 12_000, HAND):
             assert abs(names[:end].count(name) - end * wanted) < 2
-    if len(weights) > 1 and min(weights.values()) > 0.1:  # no pattern: as often alike in a row as chance would have it
-        alike = sum(a == b for a, b in pairwise(names)) / len(names)
-        assert len({tuple(names[start : start + BLOCK]) for start in range(0, 11_776, BLOCK)}) == 46
-        assert alike == pytest.approx(sum((w / total) ** 2 for w in weights.values()), abs=5 * math.sqrt(0.25 / 12_000))
+
+
+def test_hands_are_shuffled() -> None:
+    """No pattern: every arrangement of a hand as often as any other, hands independent of each other."""
+    blend = Blend([phase(0, a=0.75, b=0.25)], {}, seed=3)
+    names = "".join(name for name, _ in located(blend, 28 * 200 * HAND))
+    hands = Counter(names[start : start + HAND] for start in range(0, len(names), HAND))
+    assert len(hands) == 28  # places of 2 among 8
+    assert max(abs(count - 200) for count in hands.values()) < 5 * math.sqrt(200)
+    pairs = Counter((names[n - HAND : n], names[n : n + HAND]) for n in range(HAND, len(names), HAND))
+    assert len(pairs) == pytest.approx(28**2 * (1 - math.exp(-28 * 200 / 28**2)), abs=10)
 
 
 def test_nothing_is_repeated_or_lost_through_phases() -> None:

@@ -7,22 +7,25 @@ one after the other through all phases, so new weights repeat none and lose none
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.config_data import SourceConfig
 from pipeline.data.loader import Shuffled
-from pipeline.data.order import Indices, permute
+from pipeline.data.order import Indices, mix_keys
 from pipeline.data.rows import Origin, Rows
 from pipeline.errors import UserError
 from pipeline.seeds import named_seed
 
-# Rows are dealt in blocks that hold each dataset's exact share, shuffled within. Small ones keep the shares true in
-# short runs: at any row a count is off by what one block can hold, in practice a few rows.
+# Each HAND of rows holds every dataset's exact share, shuffled within, so that at any row a count is off by what one
+# hand can hold, and shares are true in short runs of small batches too. A BLOCK is many hands, dealt at once for speed.
+HAND = 8
 BLOCK = 256
 
 
@@ -65,19 +68,25 @@ def continued(phases: Sequence[Phase], sources: Sequence[PhaseSource], *, row: i
     return (*phases, Phase(row=row, sources=tuple(sources)))
 
 
-def counts(shares: Sequence[Fraction], rows: int) -> list[int]:
-    """How many of the first `rows` rows each share gets: whole numbers that sum to `rows` and never fall.
+def counts(weights: Sequence[int], rows: int) -> list[int]:
+    """How many of the first `rows` rows each weight gets: whole numbers that sum to `rows` and never fall.
 
-    Nested: of the m rows that the first j + 1 shares got, the first j get floor(m * their part of it). Each added row
-    so goes to exactly one. With shares in ascending order and n of them, a count is above the ideal by less than 1
+    Nested: of the m rows that the first j + 1 weights got, the first j get floor(m * their part of it). Each added row
+    so goes to exactly one. With weights in ascending order and n of them, a count is above the ideal by less than 1
     and below it by less than 1 + 1/2 + ... + 1/(n - 1), however many rows there are.
     """
-    found, left, together = [], rows, sum(shares, Fraction(0))
-    for share in reversed(shares):
-        inner = left * (together - share) // together
+    found, left, together = [], rows, sum(weights)
+    for weight in reversed(weights):
+        inner = left * (together - weight) // together
         found.append(left - inner)
-        left, together = inner, together - share
+        left, together = inner, together - weight
     return found[::-1]
+
+
+def _whole(shares: Collection[Fraction]) -> list[int]:
+    """The same shares as whole numbers, of any size."""
+    common = math.lcm(*(share.denominator for share in shares))
+    return [int(share * common) for share in shares]
 
 
 class Blend:
@@ -91,6 +100,7 @@ class Blend:
         self.phases, self.sources, self.seed = tuple(phases), dict(sources), seed
         self._digests = list(dict.fromkeys(digest for phase in phases for digest in phase.shares()))
         self._shares = [phase.shares() for phase in phases]
+        self._weights = [_whole(shares.values()) for shares in self._shares]
         self._block = lru_cache(maxsize=16)(self._deal)  # a batch touches few, the next batch some of the same
         self._before = [dict.fromkeys(self._digests, 0)]  # rows of each dataset taken before each phase
         for number, phase in enumerate(self.phases[1:]):
@@ -144,7 +154,7 @@ class Blend:
         """Rows of each dataset taken before a phase and in its first `rows` rows."""
         total, shares = dict(self._before[phase]), self._shares[phase]
         blocks, rest = divmod(rows, BLOCK)
-        for digest, count in zip(shares, counts(list(shares.values()), blocks * BLOCK), strict=True):
+        for digest, count in zip(shares, counts(self._weights[phase], blocks * BLOCK), strict=True):
             total[digest] += count
         owners, _ = self._block(phase, blocks)
         for digest, count in zip(self._digests, np.bincount(owners[:rest], minlength=len(total)).tolist(), strict=True):
@@ -157,12 +167,15 @@ class Blend:
         Numbers follow the order of the rows, so that what was taken of a dataset up to any row is all before it.
         """
         shares = self._shares[phase]
-        first, last = (counts(list(shares.values()), n * BLOCK) for n in (block, block + 1))
+        before = [counts(self._weights[phase], row) for row in range(block * BLOCK, (block + 1) * BLOCK + 1, HAND)]
         places = [self._digests.index(digest) for digest in shares]
-        sizes = [b - a for a, b in zip(first, last, strict=True)]
-        key = named_seed(self.seed, "mix", self.phases[phase].row, block)
-        owners = np.repeat(places, sizes)[permute(np.arange(BLOCK), n=BLOCK, key=key)]
+        sizes = [b - a for hand, after in pairwise(before) for a, b in zip(hand, after, strict=True)]
+        dealt = np.repeat(places * (BLOCK // HAND), sizes)
+        cards = np.arange(BLOCK)
+        drawn = mix_keys(named_seed(self.seed, "mix", self.phases[phase].row, block), cards)
+        owners = dealt[np.lexsort((drawn, cards // HAND))]
         numbers = np.empty_like(owners)
-        for place, digest, start, size in zip(places, shares, first, sizes, strict=True):
-            numbers[owners == place] = self._before[phase][digest] + start + np.arange(size)
+        for place, digest, start in zip(places, shares, before[0], strict=True):
+            at = np.flatnonzero(owners == place)
+            numbers[at] = self._before[phase][digest] + start + np.arange(len(at))
         return owners, numbers
