@@ -123,7 +123,10 @@ def summary(output: Path, manifest: Manifest) -> str:
     lines.append(f"tokenizer: {manifest.vocab_size:,} tokens, {manifest.dtype}, EOS {manifest.eos_id}")
     for reason, count in manifest.drops.items():
         lines.append(f"dropped: {count:,} x {reason} (see {output / 'quarantine.jsonl'})")
-    lines += [f"noticed: {count:,} x {what}" for what, count in manifest.noticed.items()]
+    all_tokens = sum(manifest.total(split, "tokens") for split in manifest.splits)
+    for what, count in manifest.noticed.items():
+        rate = f", {count / all_tokens:.2%} of all" if what == UNKNOWN_TOKENS else ""
+        lines.append(f"noticed: {count:,} x {what}{rate}")
     lines += [f"failed: unit {unit.unit}: {unit.reason}" for unit in manifest.failed]
     if manifest.deduplication:
         found = manifest.deduplication

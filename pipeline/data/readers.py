@@ -274,7 +274,7 @@ def _read_csv(piece: Piece, judge: Judge, first: int) -> Records:
 
 def _read_parquet(piece: Piece, judge: Judge, first: int) -> Records:
     key, source, row = judge.rules.key, piece.source, first
-    with pq.ParquetFile(source.file, buffer_size=BLOCK_BYTES) as file:
+    with pq.ParquetFile(source.file, buffer_size=BLOCK_BYTES, page_checksum_verification=True) as file:
         require_column(file.schema_arrow.names, source.name, key)
         if not piece.start < piece.stop <= file.num_row_groups:  # its metadata could not be read then
             raise UserError(f"{source.name} is another file than when the work was planned; run again")

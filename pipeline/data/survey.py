@@ -143,7 +143,7 @@ def refuse_small_disk(output: Path, needed: int) -> None:
     free = shutil.disk_usage(output).free
     if free < needed:
         raise UserError(
-            f"the disk of {output} has {free / 1e9:,.1f} GB free, the dataset needs about {needed / 1e9:,.1f} GB more; "
+            f"the disk of {output} has {free / 1e6:,.1f} MB free, the dataset needs about {needed / 1e6:,.1f} MB more; "
             "make room or choose another --output"
         )
 

@@ -37,6 +37,7 @@ from pipeline.files import write_durably
 BATCH_BYTES = 2 * 2**20
 """Text encoded at once: enough for the encoder's speed, little enough for the memory of many workers."""
 EXAMPLES = 3
+UNKNOWN_TOKENS = "unknown tokens"
 
 
 class DamagedInputError(UserError):
@@ -330,7 +331,7 @@ class _Sink:
         self.noticed["documents with the text of a special token"] += self._encoder.special_text(contents)
         if self._encoder.unknown_id is not None:
             ends = len(contents) if self._encoder.unknown_id == self._eos_id else 0
-            self.noticed["unknown tokens"] += int(np.count_nonzero(ids == self._encoder.unknown_id)) - ends
+            self.noticed[UNKNOWN_TOKENS] += int(np.count_nonzero(ids == self._encoder.unknown_id)) - ends
 
 
 @lru_cache(maxsize=1)

@@ -253,3 +253,18 @@ def test_ctrl_c_in_deduplication_says_how_to_go_on(
     assert re.match(r"stopped: the dataset is whole, .*; go on with: python .*data_prep.py .* --dedup exact", err)
     code, out, _ = call(*arguments, capsys=capsys, monkeypatch=monkeypatch)
     assert (code, "deleted: 0 equal" in out) == (0, True)
+
+
+def test_the_rate_of_unknown_tokens_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a a a z"}\n' * 150)
+    vocabulary = {"<unk>": 0, "</s>": 1, "a": 2}
+    definition = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
+        "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None,
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},
+    }  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    made = command(tmp_path / "a.jsonl", "--output", tmp_path / "out", "--tokenizer", tmp_path / "tokenizer.json",
+                   "--val-fraction", "0")  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert "noticed: 150 x unknown tokens, 20.00% of all" in made.stdout, "one of four, and the end of each document"
