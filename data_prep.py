@@ -29,6 +29,7 @@ from pipeline.data.export_llmc import export_llmc
 from pipeline.data.flags import output_of, parse, request_of
 from pipeline.data.manifest import SPLITS, Manifest, read_manifest
 from pipeline.data.prepare import prepare, stopped
+from pipeline.data.unit import UNKNOWN_TOKENS
 from pipeline.errors import UserError, run_command
 from pipeline.locks import locked
 
