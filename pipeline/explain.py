@@ -18,10 +18,10 @@ import tyro
 
 from pipeline.cli import config_from_values, read_yaml
 from pipeline.config import Config
-from pipeline.data.blend import Blend, Phase
+from pipeline.data.loading.blend import Blend, Phase
+from pipeline.data.loading.rows import Origin
+from pipeline.data.loading.sources import TrainingData, open_sources, reopen
 from pipeline.data.order import share
-from pipeline.data.rows import Origin
-from pipeline.data.sources import TrainingData, open_sources, reopen
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError, run_command
 from pipeline.train.checkpoint import BatchSizes, list_checkpoints, read_state, rows_of_step

@@ -7,8 +7,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from pipeline.data.prepare import prepare
-from pipeline.data.request import Request
+from pipeline.data.preparing.prepare import prepare
+from pipeline.data.preparing.request import Request
 from tests.support import write_corpus
 
 # The suite runs in as many processes as there are cores; two threads each would wait for each other more than work.

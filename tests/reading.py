@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pipeline.data.corpus import UnitRows, find_corpus, read_unit
-from pipeline.data.formats import Document, Rejected, Source, TextRules
-from pipeline.data.plan import Unit, cut_stream, plan_units
+from pipeline.data.reading.corpus import UnitRows, find_corpus, read_unit
+from pipeline.data.reading.formats import Document, Rejected, Source, TextRules
+from pipeline.data.reading.plan import Unit, cut_stream, plan_units
 
 Records = list[Document | Rejected]
 

@@ -19,8 +19,8 @@ import yaml
 from rich.console import Console
 
 import pretrain
-from pipeline.data.prepare import prepare
-from pipeline.data.request import Request
+from pipeline.data.preparing.prepare import prepare
+from pipeline.data.preparing.request import Request
 from pipeline.errors import run_command
 
 WORDS = ("the", "a", "of", "to", "and", "in", "that", "it", "is", "was", "he", "for", "on", "are", "as", "with", "his")

@@ -10,12 +10,12 @@ import pytest
 import xxhash
 from rich.console import Console
 
-from pipeline.data.audit import inspect, verify
-from pipeline.data.corpus import find_corpus
 from pipeline.data.dataset import open_dataset
-from pipeline.data.dedup import deduplicate
-from pipeline.data.deletion import delete_documents
+from pipeline.data.deleting.dedup import deduplicate
+from pipeline.data.deleting.deletion import delete_documents
 from pipeline.data.manifest import Contamination, read_manifest
+from pipeline.data.preparing.audit import inspect, verify
+from pipeline.data.reading.corpus import find_corpus
 from pipeline.errors import UserError
 from tests.prepared import damage, edit_manifest, write_dataset
 

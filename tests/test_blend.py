@@ -14,9 +14,9 @@ import pytest
 
 from pipeline.config import Config
 from pipeline.config_data import SourceConfig
-from pipeline.data.blend import HAND, Blend, Phase, PhaseSource, counts
-from pipeline.data.loader import Loader, RankBatch
-from pipeline.data.sources import TrainingData, open_sources, unique_names
+from pipeline.data.loading.blend import HAND, Blend, Phase, PhaseSource, counts
+from pipeline.data.loading.loader import Loader, RankBatch
+from pipeline.data.loading.sources import TrainingData, open_sources, unique_names
 from pipeline.errors import UserError
 from tests.support import make_dataset
 

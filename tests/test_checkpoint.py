@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from pipeline.config import Config
 from pipeline.config_data import SourceConfig
-from pipeline.data.blend import Phase, PhaseSource
+from pipeline.data.loading.blend import Phase, PhaseSource
 from pipeline.errors import UserError
 from pipeline.model.transformer import Decoder, build_model, initialise
 from pipeline.ramp import Ramp

@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from pipeline.data.audit import verify
-from pipeline.data.contamination import TextDecoder, check_contamination
 from pipeline.data.dataset import open_dataset
-from pipeline.data.dedup import deduplicate
+from pipeline.data.deleting.contamination import TextDecoder, check_contamination
+from pipeline.data.deleting.dedup import deduplicate
+from pipeline.data.deleting.ngrams import NgramIndex, normalise
 from pipeline.data.manifest import Contamination, Manifest, read_manifest
-from pipeline.data.ngrams import NgramIndex, normalise
+from pipeline.data.preparing.audit import verify
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.errors import UserError
 from tests.prepared import BYTES, texts_of, write_dataset
@@ -101,7 +101,7 @@ def corpus(generator: random.Random, documents: int = 150) -> tuple[list[str], l
 
 @pytest.mark.parametrize("ngram", [5, 8, 13])
 def test_it_finds_what_sets_of_tuples_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ngram: int) -> None:
-    monkeypatch.setattr("pipeline.data.contamination._BLOCK_TOKENS", 500)  # a few documents at once
+    monkeypatch.setattr("pipeline.data.deleting.contamination._BLOCK_TOKENS", 500)  # a few documents at once
     generator = random.Random(ngram)
     training, evaluation = corpus(generator)
     folder = write_dataset(tmp_path / "d", {"train": [training[:60], training[60:]], "val": [training[:5]]})
@@ -255,15 +255,15 @@ def test_a_long_text_is_split_anywhere_and_its_words_are_the_same(seed: int) -> 
     text = noisy(generator.choices([*WORDS, "?", "unknown"], k=200), generator)
     wanted = [WORDS.index(word) + 1 if word in WORDS else 0 for word in words_by_hand(text)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.data.ngrams._CHUNK_CHARACTERS", generator.randint(1, 300))
-        patch.setattr("pipeline.data.ngrams._CACHED_SPELLINGS", generator.randint(0, 40))
+        patch.setattr("pipeline.data.deleting.ngrams._CHUNK_CHARACTERS", generator.randint(1, 300))
+        patch.setattr("pipeline.data.deleting.ngrams._CACHED_SPELLINGS", generator.randint(0, 40))
         assert index.word_ids(text).tolist() == wanted
         assert index.word_ids(text).tolist() == wanted
 
 
 def test_equal_hashes_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a hash that is the same in any order of the words the result is the same: hashes only preselect."""
-    monkeypatch.setattr("pipeline.data.ngrams.mix_keys", lambda *parts: np.zeros(1, np.uint64))
+    monkeypatch.setattr("pipeline.data.deleting.ngrams.mix_keys", lambda *parts: np.zeros(1, np.uint64))
     orders = ["a b c d e f g h", "b a c d e f g h", "a b c d e f h g", "b a c d e f g h"]
     index, tally = NgramIndex.build([*enumerate(orders), (0, "short")], ngram=8)
     places, owners = index.search(index.word_ids("x b a c d e f g h x h g f e d c b a"))
@@ -279,7 +279,7 @@ def tokenizers() -> list[TextTokenizer]:
 @pytest.mark.parametrize("tokenizer", tokenizers(), ids=["bytes", "train", "chars"])
 def test_texts_are_decoded_as_the_library_does(tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """All ids, special ones and halves of characters included."""
-    monkeypatch.setattr("pipeline.data.contamination._BLOCK_TOKENS", 7)
+    monkeypatch.setattr("pipeline.data.deleting.contamination._BLOCK_TOKENS", 7)
     generator = np.random.default_rng(0)
     ids = [generator.integers(0, tokenizer.vocab_size, n) for n in (0, 1, 7, 8, 500)]
     ids.append(np.array(tokenizer.encode("again and naïve 東京 🙂")))

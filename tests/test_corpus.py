@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from pipeline.data.corpus import check_text_key, find_corpus
-from pipeline.data.formats import TEXT_CHUNK_BYTES, Document, Rejected, TextRules
-from pipeline.data.plan import plan_units
+from pipeline.data.reading.corpus import check_text_key, find_corpus
+from pipeline.data.reading.formats import TEXT_CHUNK_BYTES, Document, Rejected, TextRules
+from pipeline.data.reading.plan import plan_units
 from pipeline.errors import UserError
 from tests.reading import faults_of, read, texts_of
 

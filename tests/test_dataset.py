@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.data.dataset import TokenSplit, open_dataset
-from pipeline.data.deletion import delete_documents
+from pipeline.data.deleting.deletion import delete_documents
 from pipeline.data.manifest import read_manifest
 from pipeline.data.shards import DocumentInfo
 from tests.prepared import write_dataset

@@ -18,13 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from pipeline.data import deletion
-from pipeline.data.audit import verify
-from pipeline.data.contamination import check_contamination
 from pipeline.data.dataset import open_dataset
-from pipeline.data.dedup import Method, choose_bands, deduplicate, find, join, pairs_of_equals
+from pipeline.data.deleting import deletion
+from pipeline.data.deleting.contamination import check_contamination
+from pipeline.data.deleting.dedup import Method, choose_bands, deduplicate, find, join, pairs_of_equals
+from pipeline.data.deleting.minhash import BINS, signature_path, signatures
 from pipeline.data.manifest import Counts, Manifest, SplitName, read_manifest
-from pipeline.data.minhash import BINS, signature_path, signatures
+from pipeline.data.preparing.audit import verify
 from pipeline.errors import UserError
 from tests.prepared import texts_of, write_dataset
 
@@ -307,7 +307,7 @@ def test_another_threshold_needs_no_new_sketches(
     fresh = write_dataset(tmp_path / "fresh", {"train": split_up(planted)})
     loose = dedup(folder, threshold=0.5)
     dedup(fresh, threshold=0.9)
-    monkeypatch.setattr("pipeline.data.dedup.write_signatures", None)
+    monkeypatch.setattr("pipeline.data.deleting.dedup.write_signatures", None)
     tight = dedup(folder, threshold=0.9)
     assert loose.total("train", "documents") < tight.total("train", "documents")
     assert len({loose.data_digest, tight.data_digest}) == 2

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-from pipeline.data import encoder as encoder_module
-from pipeline.data.cuts import WORD_PATTERNS, cut, divisible
-from pipeline.data.encoder import Encoder, EncoderMismatch, choose_backend
-from pipeline.data.nasty import NASTY, unicode_texts
+from pipeline.data.preparing import encoder as encoder_module
+from pipeline.data.preparing.cuts import WORD_PATTERNS, cut, divisible
+from pipeline.data.preparing.encoder import Encoder, EncoderMismatch, choose_backend
+from pipeline.data.preparing.nasty import NASTY, unicode_texts
 from pipeline.data.tokenizer import EOS, TextTokenizer, load_tokenizer
 from pipeline.errors import UserError
 

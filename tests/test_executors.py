@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.executors import CutEnd, Failure, Outcome, Place, UnitRun
-from pipeline.data.plan import Unit
-from pipeline.data.unit import DamagedInputError, UnitReport
+from pipeline.data.preparing.executors import CutEnd, Failure, Outcome, Place, UnitRun
+from pipeline.data.preparing.unit import DamagedInputError, UnitReport
+from pipeline.data.reading.plan import Unit
 from pipeline.errors import UserError
 
 UNITS = [Unit(number, ()) for number in range(12)]

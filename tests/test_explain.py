@@ -13,8 +13,8 @@ import pytest
 
 import pretrain
 from pipeline.cli import load_config
-from pipeline.data.loader import RankBatch
-from pipeline.data.sources import open_sources
+from pipeline.data.loading.loader import RankBatch
+from pipeline.data.loading.sources import open_sources
 from pipeline.errors import run_command
 from pipeline.explain import main, read_course
 from pipeline.train.runtime import Runtime

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.data import export_llmc as module
 from pipeline.data.dataset import open_dataset
-from pipeline.data.export_llmc import export_llmc
-from pipeline.data.foreign import open_foreign
+from pipeline.data.exchange import export_llmc as module
+from pipeline.data.exchange.export_llmc import export_llmc
+from pipeline.data.exchange.foreign import open_foreign
 from pipeline.data.manifest import FORMAT_VERSION, Counts, Manifest, ShardInfo, SplitName, data_digest, write_manifest
 from pipeline.data.shards import DOCUMENT_DTYPE, ShardWriter, describe_content, keep_bytes
 from pipeline.data.tokenizer import load_tokenizer

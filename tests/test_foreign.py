@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from pipeline.data import foreign, foreign_files
 from pipeline.data.dataset import Dataset, TokenSplit
-from pipeline.data.foreign import open_foreign
-from pipeline.data.rows import Concat, Pack
+from pipeline.data.exchange import foreign, foreign_files
+from pipeline.data.exchange.foreign import open_foreign
+from pipeline.data.loading.rows import Concat, Pack
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.errors import UserError
 

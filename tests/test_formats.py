@@ -21,10 +21,10 @@ import zstandard
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.corpus import find_corpus, read_unit
-from pipeline.data.delimited import HEAD_BYTES, Overlong, csv_records, json_elements, separated
-from pipeline.data.formats import Document, Rejected, TextRules, cut_long, excerpt
-from pipeline.data.plan import plan_units
+from pipeline.data.reading.corpus import find_corpus, read_unit
+from pipeline.data.reading.delimited import HEAD_BYTES, Overlong, csv_records, json_elements, separated
+from pipeline.data.reading.formats import Document, Rejected, TextRules, cut_long, excerpt
+from pipeline.data.reading.plan import plan_units
 from pipeline.errors import UserError
 from tests.reading import Records, drain, faults_of, read, read_sources, texts_of
 

@@ -26,14 +26,15 @@ FLOORS = {
     "export": 3,
     "explain": 3,
 }
+DATA_FLOORS = {"": 0, "reading": 1, "exchange": 1, "loading": 2, "deleting": 2, "preparing": 3}  # "": data itself
 MAY_TORCH = {"loader", "objectives"}  # of the data room
 DOORS = {
     "accelerate": {"train/runtime.py"},
-    "distributed": {"data/executors.py"},
-    "datasets": {"data/hub.py"},
+    "distributed": {"data/preparing/executors.py"},
+    "datasets": {"data/reading/hub.py"},
     "tokenizers": {"data/tokenizer.py"},
-    "gigatoken": {"data/encoder.py"},
-    "huggingface_hub": {"data/hub.py", "data/tokenizer_files.py"},
+    "gigatoken": {"data/preparing/encoder.py"},
+    "huggingface_hub": {"data/reading/hub.py", "data/tokenizer_files.py"},
     "tiktoken": set(),
     "wandb": set(),
     "tensorboard": set(),
@@ -41,7 +42,7 @@ DOORS = {
     "transformers": set(),
     "pickle": set(),
 }
-ENVIRONMENT = {"train/runtime.py", "data/executors.py"}  # executors sets the thread count of its own workers
+ENVIRONMENT = {"train/runtime.py", "data/preparing/executors.py"}  # executors sets the thread count of its own workers
 
 
 def modules() -> list[Path]:
@@ -63,6 +64,11 @@ def room(module: str) -> str:
     return module.split(".")[1]
 
 
+def data_room(parts: list[str]) -> str:
+    """The room within data of `pipeline.data.ROOM.module`, "" for what lies beside the rooms."""
+    return parts[2] if len(parts) > 2 and parts[2] in DATA_FLOORS else ""
+
+
 def faults_of(path: str, source: str) -> list[str]:
     """Broken rules of one module; `path` is relative to pipeline/."""
     tree = ast.parse(source)
@@ -74,6 +80,11 @@ def faults_of(path: str, source: str) -> list[str]:
             other = room(name)
             if FLOORS[other] > FLOORS[own] or (FLOORS[other] == FLOORS[own] > 0 and other != own):
                 found.append(f"{path} must not import {name}")
+            if own == other == "data":
+                mine, its = data_room(["pipeline", *path.split("/")]), data_room(name.split("."))
+                neighbours = DATA_FLOORS[mine] == DATA_FLOORS[its] and mine != its
+                if DATA_FLOORS[its] > DATA_FLOORS[mine] or neighbours:
+                    found.append(f"{path} must not import {name}")
         package = name.split(".")[0]
         if package in DOORS and path not in DOORS[package]:
             found.append(f"{path} must not import {package}")
@@ -103,17 +114,20 @@ def test_module_keeps_the_rules(path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("data/loader.py", "from pipeline.model.layers import MLP"),
+        ("data/loading/loader.py", "from pipeline.model.layers import MLP"),
         ("model/layers.py", "import pipeline.data.shards"),
         ("config.py", "from pipeline.data import shards"),
+        ("data/shards.py", "from pipeline.data.reading.plan import Unit"),
+        ("data/reading/plan.py", "from pipeline.data.exchange.foreign import open_foreign"),
+        ("data/loading/rows.py", "from pipeline.data.preparing.unit import prepare_unit"),
         ("generate/decode.py", "from pipeline.train.runtime import Runtime"),
         ("data/shards.py", "import torch"),
-        ("data/prepare.py", "from torch import nn"),
+        ("data/preparing/prepare.py", "from torch import nn"),
         ("train/step.py", "from accelerate import Accelerator"),
         ("model/hf.py", "import transformers"),
         ("train/step.py", "import os\nX = os.environ['HOME']"),
         ("train/step.py", "from os import environ"),
-        ("data/plan.py", "import torch"),
+        ("data/reading/plan.py", "import torch"),
         ("train/step.py", "import tensorboard"),
         ("train/step.py", "import pickle"),
         ("train/step.py", "print('imported')"),

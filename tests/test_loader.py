@@ -14,9 +14,9 @@ import torch
 
 from pipeline.config import Config
 from pipeline.data.dataset import open_dataset
-from pipeline.data.loader import Fixed, Loader, Prefetcher, RankBatch, Shuffled
+from pipeline.data.loading.loader import Fixed, Loader, Prefetcher, RankBatch, Shuffled
+from pipeline.data.loading.rows import IGNORED, Concat, Origin, Pack, Plan, Rows
 from pipeline.data.order import Indices
-from pipeline.data.rows import IGNORED, Concat, Origin, Pack, Plan, Rows
 from pipeline.errors import UserError
 
 CONTEXT = 32

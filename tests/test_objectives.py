@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from pipeline.config import DataConfig, ObjectiveConfig
-from pipeline.data.objectives import causal, make_batch
-from pipeline.data.rows import Rows
+from pipeline.data.loading.objectives import causal, make_batch
+from pipeline.data.loading.rows import Rows
 
 
 def concatenated(*, documents: bool) -> Rows:

@@ -14,10 +14,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.bytestream import CutFinder
-from pipeline.data.corpus import find_corpus, read_unit
-from pipeline.data.formats import TEXT_CHUNK_BYTES, Piece, Source, TextRules
-from pipeline.data.plan import Unit, cut_stream, plan_units
+from pipeline.data.reading.bytestream import CutFinder
+from pipeline.data.reading.corpus import find_corpus, read_unit
+from pipeline.data.reading.formats import TEXT_CHUNK_BYTES, Piece, Source, TextRules
+from pipeline.data.reading.plan import Unit, cut_stream, plan_units
 from pipeline.errors import UserError
 from tests.reading import drain, read, read_sources, texts_of
 

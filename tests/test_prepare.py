@@ -29,18 +29,18 @@ import zstandard
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from pipeline.data.audit import verify
 from pipeline.data.dataset import open_dataset
-from pipeline.data.decide import rehearse
-from pipeline.data.encoder import Encoder, EncoderMismatch
-from pipeline.data.formats import TextRules
 from pipeline.data.manifest import Manifest, SplitName
-from pipeline.data.plan import Unit
-from pipeline.data.prepare import prepare
-from pipeline.data.request import Request
-from pipeline.data.survey import training_sample
+from pipeline.data.preparing.audit import verify
+from pipeline.data.preparing.decide import rehearse
+from pipeline.data.preparing.encoder import Encoder, EncoderMismatch
+from pipeline.data.preparing.prepare import prepare
+from pipeline.data.preparing.request import Request
+from pipeline.data.preparing.survey import training_sample
+from pipeline.data.preparing.unit import UnitReport, prepare_unit
+from pipeline.data.reading.formats import TextRules
+from pipeline.data.reading.plan import Unit
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.data.unit import UnitReport, prepare_unit
 from pipeline.errors import StoppedEarly, Unfinished, UserError
 from pipeline.locks import locked
 from pipeline.seeds import named_seed
@@ -139,10 +139,10 @@ SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 from rich.console import Console
-from pipeline.data.formats import TextRules
-from pipeline.data.plan import Unit
-from pipeline.data.prepare import prepare
-from pipeline.data.request import Request
+from pipeline.data.reading.formats import TextRules
+from pipeline.data.reading.plan import Unit
+from pipeline.data.preparing.prepare import prepare
+from pipeline.data.preparing.request import Request
 
 def dying_fsync(descriptor, left=[int(sys.argv[4])], real=os.fsync):
     left[0] -= 1
@@ -394,7 +394,7 @@ def test_ctrl_c_says_how_to_go_on(corpus: Path, monkeypatch: pytest.MonkeyPatch)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.data.prepare.prepare_unit", interrupted)
+        patch.setattr("pipeline.data.preparing.prepare.prepare_unit", interrupted)
         with pytest.raises(StoppedEarly, match=r"stopped: 0 of \d+ units are done; go on with: python"):
             run(request(corpus))
     manifest, _ = run(request(corpus))
@@ -534,7 +534,7 @@ def test_a_dask_cluster_of_two_processes_makes_the_same_bytes(corpus: Path) -> N
 def test_an_executor_that_is_none_is_refused(
     corpus: Path, monkeypatch: pytest.MonkeyPatch, address: str, message: str
 ) -> None:
-    monkeypatch.setattr("pipeline.data.executors.DASK_TIMEOUT", "1s")
+    monkeypatch.setattr("pipeline.data.preparing.executors.DASK_TIMEOUT", "1s")
     with pytest.raises(UserError, match=message):
         run(request(corpus, executor=address))
 
@@ -584,7 +584,7 @@ def test_strict_stops_at_the_first_bad_record(corpus: Path) -> None:
 def test_a_hopeless_corpus_is_given_up_early(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (corpus / "b.jsonl").write_text("broken\n" * 2000)
     write_lines(corpus / "c.jsonl", TEXTS)
-    monkeypatch.setattr("pipeline.data.prepare.EARLY_VERDICT_RECORDS", 500)
+    monkeypatch.setattr("pipeline.data.preparing.prepare.EARLY_VERDICT_RECORDS", 500)
     with pytest.raises(UserError, match=r"records so far are bad"):
         run(request(corpus))
     assert not list((corpus.parent / "out").glob("train-00008*"))
@@ -632,7 +632,7 @@ class Deviating(Encoder):
 
 def test_a_unit_that_fails_the_audit_is_encoded_by_the_reference(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(request(corpus, backend="tokenizers"))
-    monkeypatch.setattr("pipeline.data.unit.Encoder", Deviating)
+    monkeypatch.setattr("pipeline.data.preparing.unit.Encoder", Deviating)
     manifest, said = run(request(corpus, "redone", backend="gigatoken"))
     assert said.count("differ; encoded with `tokenizers` instead") == 1
     assert manifest.data_digest == open_dataset(corpus.parent / "out").data_digest
@@ -783,7 +783,7 @@ def test_an_input_that_changes_during_the_work_is_not_passed_off(corpus: Path, m
         return prepare_unit(unit, **others)
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.data.prepare.prepare_unit", late)
+        patch.setattr("pipeline.data.preparing.prepare.prepare_unit", late)
         with pytest.raises(UserError, match=r"1 inputs changed while they were prepared, such as .*b\.jsonl"):
             run(wanted)
     _, said = run(wanted)

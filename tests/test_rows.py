@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.dataset import TokenSplit
-from pipeline.data.packing import best_fit
-from pipeline.data.rows import IGNORED, PADDING, Concat, Pack, Plan, Rows
+from pipeline.data.loading.packing import best_fit
+from pipeline.data.loading.rows import IGNORED, PADDING, Concat, Pack, Plan, Rows
 from pipeline.data.shards import DocumentInfo
 
 T = 8

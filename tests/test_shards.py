@@ -13,8 +13,8 @@ import numpy.typing as npt
 import pytest
 import xxhash
 
-from pipeline.data.audit import verify
 from pipeline.data.dataset import Dataset, open_dataset
+from pipeline.data.preparing.audit import verify
 from pipeline.data.shards import DOCUMENT_DTYPE, ShardWriter
 from pipeline.errors import UserError
 from tests.prepared import damage, edit_manifest, write_dataset, write_shard

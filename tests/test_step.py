@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.config import Config
-from pipeline.data.blend import Phase
-from pipeline.data.loader import Loader
-from pipeline.data.sources import TrainingData, open_sources
+from pipeline.data.loading.blend import Phase
+from pipeline.data.loading.loader import Loader
+from pipeline.data.loading.sources import TrainingData, open_sources
 from pipeline.errors import UserError
 from pipeline.model.transformer import Decoder, build_model, initialise
 from pipeline.train.optim import build_optimizer

@@ -17,7 +17,7 @@ from tiktoken_ext import openai_public
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from pipeline.data import tokenizer_files
-from pipeline.data.nasty import NASTY as WORSE
+from pipeline.data.preparing.nasty import NASTY as WORSE
 from pipeline.data.tokenizer import EOS, TextTokenizer, check_tokenizer_name, load_tokenizer
 from pipeline.errors import UserError
 

@@ -222,7 +222,7 @@ def open_dataset(path: str | Path) -> Dataset:
     """Open a dataset folder read-only.
 
     Raises `UserError` for a missing, unfinished, foreign-version, truncated or altered dataset, naming
-    the file, what was expected and what was found. Contents are checked by `pipeline.data.audit.verify`.
+    the file, what was expected and what was found. Contents are checked by `pipeline.data.preparing.audit.verify`.
     """
     folder = Path(path).expanduser()
     manifest = read_manifest(folder)

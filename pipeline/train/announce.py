@@ -6,10 +6,10 @@ In: everything the run consists of. Out: lines on the console, among them warnin
 from __future__ import annotations
 
 from pipeline.config import Config
-from pipeline.data.blend import Blend
-from pipeline.data.loader import Loader
-from pipeline.data.rows import Concat, Plan
-from pipeline.data.sources import TrainingData
+from pipeline.data.loading.blend import Blend
+from pipeline.data.loading.loader import Loader
+from pipeline.data.loading.rows import Concat, Plan
+from pipeline.data.loading.sources import TrainingData
 from pipeline.model.transformer import Decoder, count_parameters
 from pipeline.train.checkpoint import TrainState
 from pipeline.train.optim import learning_rate

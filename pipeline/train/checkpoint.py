@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from pipeline.cli import config_from_values, read_yaml
 from pipeline.config import Config, resolved
-from pipeline.data.blend import Phase, PhaseSource, continued
+from pipeline.data.loading.blend import Phase, PhaseSource, continued
 from pipeline.errors import UserError, nearest
 from pipeline.files import fsync_folder
 from pipeline.model.transformer import Decoder, build_model

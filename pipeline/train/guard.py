@@ -14,7 +14,7 @@ from typing import NoReturn
 import numpy as np
 from torch import Tensor
 
-from pipeline.data.loader import Loader, RankBatch
+from pipeline.data.loading.loader import Loader, RankBatch
 from pipeline.errors import UserError
 
 SHOWN = 8  # documents named in a message

@@ -20,8 +20,8 @@ import yaml
 
 from pipeline.config import Config, resolved
 from pipeline.config_data import Origin
-from pipeline.data.blend import Phase
-from pipeline.data.sources import TrainingData
+from pipeline.data.loading.blend import Phase
+from pipeline.data.loading.sources import TrainingData
 from pipeline.errors import UserError
 from pipeline.files import write_durably
 from pipeline.locks import locked

@@ -16,8 +16,8 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.loader import Loader, RankBatch
-from pipeline.data.sources import ValidationSet
+from pipeline.data.loading.loader import Loader, RankBatch
+from pipeline.data.loading.sources import ValidationSet
 from pipeline.errors import UserError
 from pipeline.seeds import named_seed
 from pipeline.train.guard import refuse_update

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from pipeline.data.prepare import prepare
-from pipeline.data.request import Request
+from pipeline.data.preparing.prepare import prepare
+from pipeline.data.preparing.request import Request
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.train.checkpoint import list_checkpoints, verify
 from tests.support import make_dataset, record, run_pretrain, tiny_settings, write_config, write_corpus

@@ -247,7 +247,7 @@ def test_ctrl_c_in_deduplication_says_how_to_go_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.data.dedup.deduplicate", interrupted)
+        patch.setattr("pipeline.data.deleting.dedup.deduplicate", interrupted)
         code, _, err = call(*arguments, capsys=capsys, monkeypatch=monkeypatch)
     assert code == 75
     assert re.match(r"stopped: the dataset is whole, .*; go on with: python .*data_prep.py .* --dedup exact", err)

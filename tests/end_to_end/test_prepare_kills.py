@@ -25,10 +25,10 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from rich.console import Console
-import pipeline.data.prepare as prepare
-from pipeline.data.formats import TextRules
-from pipeline.data.request import Request
-from pipeline.data.unit import prepare_unit
+import pipeline.data.preparing.prepare as prepare
+from pipeline.data.reading.formats import TextRules
+from pipeline.data.preparing.request import Request
+from pipeline.data.preparing.unit import prepare_unit
 
 def noted(unit, *, settings, on_batch=None):
     with Path(sys.argv[4]).open("a") as file:

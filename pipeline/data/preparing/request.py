@@ -11,10 +11,6 @@ from typing import Any, Literal
 
 import xxhash
 
-from pipeline.data.corpus import Corpus, is_unicode
-from pipeline.data.encoder import Backend
-from pipeline.data.formats import TextRules
-from pipeline.data.ledger import headers
 from pipeline.data.manifest import (
     MANIFEST_NAME,
     TOKENIZER_NAME,
@@ -24,6 +20,10 @@ from pipeline.data.manifest import (
     digest_of,
     read_manifest,
 )
+from pipeline.data.preparing.encoder import Backend
+from pipeline.data.preparing.ledger import headers
+from pipeline.data.reading.corpus import Corpus, is_unicode
+from pipeline.data.reading.formats import TextRules
 from pipeline.data.tokenizer import TextTokenizer, check_tokenizer_name
 from pipeline.errors import UserError
 from pipeline.locks import LOCK_NAME

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.data.dataset import Dataset, TokenSplit
-from pipeline.data.foreign_files import DtypeName, Integers, TokenFile, Tokens, find_files, open_file
+from pipeline.data.exchange.foreign_files import DtypeName, Integers, TokenFile, Tokens, find_files, open_file
 from pipeline.data.manifest import SplitName, digest_of
 from pipeline.data.shards import DocumentInfo
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer, needs_corpus

@@ -20,8 +20,8 @@ from queue import SimpleQueue
 from threading import Event, Semaphore, Thread
 from typing import Any
 
-from pipeline.data.plan import Unit
-from pipeline.data.unit import DamagedInputError, UnitReport
+from pipeline.data.preparing.unit import DamagedInputError, UnitReport
+from pipeline.data.reading.plan import Unit
 from pipeline.errors import UserError
 
 DASK = "dask://"

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.dataset import TokenSplit
+from pipeline.data.loading.packing import pack_shapes
 from pipeline.data.order import Indices, mix_keys, permute
-from pipeline.data.packing import pack_shapes
 from pipeline.data.shards import DocumentInfo
 from pipeline.errors import UserError
 

@@ -27,9 +27,9 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 
-from pipeline.data.deletion import Bits, counts, delete_documents, open_shard, run_each
+from pipeline.data.deleting.deletion import Bits, counts, delete_documents, open_shard, run_each
+from pipeline.data.deleting.minhash import BINS, has_ngrams, signature_path, write_signatures
 from pipeline.data.manifest import Counts, Deduplication, Manifest, ShardInfo, read_manifest
-from pipeline.data.minhash import BINS, has_ngrams, signature_path, write_signatures
 from pipeline.data.shards import Shard
 from pipeline.errors import UserError
 

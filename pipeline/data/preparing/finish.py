@@ -14,9 +14,6 @@ from typing import Any
 
 import orjson
 
-from pipeline.data.corpus import Corpus
-from pipeline.data.formats import Rejected
-from pipeline.data.ledger import ledgers
 from pipeline.data.manifest import (
     FORMAT_VERSION,
     SPLITS,
@@ -27,9 +24,12 @@ from pipeline.data.manifest import (
     SplitName,
     data_digest,
 )
-from pipeline.data.request import input_infos
+from pipeline.data.preparing.ledger import ledgers
+from pipeline.data.preparing.request import input_infos
+from pipeline.data.preparing.unit import UnitReport, UnitSettings
+from pipeline.data.reading.corpus import Corpus
+from pipeline.data.reading.formats import Rejected
 from pipeline.data.shards import token_dtype
-from pipeline.data.unit import UnitReport, UnitSettings
 from pipeline.errors import UserError
 
 QUARANTINE_NAME = "quarantine.jsonl"

@@ -20,8 +20,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from pipeline.data.cuts import added_tokens, cut, divisible
-from pipeline.data.nasty import nasty_texts, unicode_texts
+from pipeline.data.preparing.cuts import added_tokens, cut, divisible
+from pipeline.data.preparing.nasty import nasty_texts, unicode_texts
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError
 

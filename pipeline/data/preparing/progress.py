@@ -11,7 +11,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from pipeline.data.unit import UnitReport
+from pipeline.data.preparing.unit import UnitReport
 
 
 class UnitProgress:

@@ -23,13 +23,13 @@ import orjson
 import xxhash
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.data.encoder import Backend, Encoder, EncoderMismatch
-from pipeline.data.formats import Document, Rejected, TextRules
 from pipeline.data.manifest import SPLITS, TOKENIZER_NAME, ShardInfo, SplitName, digest_of
-from pipeline.data.plan import Unit
-from pipeline.data.readers import PieceRows, promised_rows, read_piece
+from pipeline.data.preparing.encoder import Backend, Encoder, EncoderMismatch
+from pipeline.data.preparing.split import SplitRule
+from pipeline.data.reading.formats import Document, Rejected, TextRules
+from pipeline.data.reading.plan import Unit
+from pipeline.data.reading.readers import PieceRows, promised_rows, read_piece
 from pipeline.data.shards import DOCUMENT_DTYPE, ShardWriter
-from pipeline.data.split import SplitRule
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError
 from pipeline.files import write_durably

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import DataConfig, ObjectiveConfig
-from pipeline.data.rows import IGNORED, Rows
+from pipeline.data.loading.rows import IGNORED, Rows
 
 
 @dataclass(frozen=True)

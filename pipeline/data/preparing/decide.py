@@ -14,12 +14,12 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.data.corpus import Corpus, check_text_key, find_corpus
-from pipeline.data.encoder import Backend, choose_backend
-from pipeline.data.plan import Unit, plan_units
-from pipeline.data.request import Request
-from pipeline.data.split import SplitRule
-from pipeline.data.survey import FEW_DOCUMENTS, Survey, all_texts, estimate, survey, training_texts
+from pipeline.data.preparing.encoder import Backend, choose_backend
+from pipeline.data.preparing.request import Request
+from pipeline.data.preparing.split import SplitRule
+from pipeline.data.preparing.survey import FEW_DOCUMENTS, Survey, all_texts, estimate, survey, training_texts
+from pipeline.data.reading.corpus import Corpus, check_text_key, find_corpus
+from pipeline.data.reading.plan import Unit, plan_units
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer, needs_corpus
 
 DEFAULT_FRACTION, DEFAULT_TAIL_FRACTION = 0.005, 0.1

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from pipeline.config import Config
-from pipeline.data.objectives import Batch, make_batch
+from pipeline.data.loading.objectives import Batch, make_batch
+from pipeline.data.loading.rows import IGNORED, Origin, Plan, Rows
 from pipeline.data.order import Indices, permute, share
-from pipeline.data.rows import IGNORED, Origin, Plan, Rows
 from pipeline.errors import UserError
 from pipeline.seeds import named_seed
 

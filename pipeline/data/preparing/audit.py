@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from pipeline.data.corpus import find_corpus
 from pipeline.data.dataset import TokenSplit, open_dataset
-from pipeline.data.deletion import REASONS, counts, kept_by_reasons, open_shard
+from pipeline.data.deleting.deletion import REASONS, counts, kept_by_reasons, open_shard
 from pipeline.data.manifest import TOKENIZER_NAME, Counts, Manifest, SplitName, data_digest, read_manifest
+from pipeline.data.reading.corpus import find_corpus
 from pipeline.data.shards import Shard
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data.dataset import TokenSplit, open_dataset
-from pipeline.data.foreign_files import LLMC_DTYPES, LLMC_HEADER_INTS
+from pipeline.data.exchange.foreign_files import LLMC_DTYPES, LLMC_HEADER_INTS
 from pipeline.data.manifest import SplitName
 from pipeline.data.shards import token_dtype
 from pipeline.errors import UserError

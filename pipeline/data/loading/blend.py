@@ -17,9 +17,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.config_data import SourceConfig
-from pipeline.data.loader import Shuffled
+from pipeline.data.loading.loader import Shuffled
+from pipeline.data.loading.rows import Origin, Rows
 from pipeline.data.order import Indices, mix_keys
-from pipeline.data.rows import Origin, Rows
 from pipeline.errors import UserError
 from pipeline.seeds import named_seed
 

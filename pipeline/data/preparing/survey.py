@@ -16,13 +16,13 @@ from time import perf_counter
 
 import xxhash
 
-from pipeline.data.corpus import read_unit
-from pipeline.data.encoder import Backend, Encoder
-from pipeline.data.formats import Document, Rejected, TextRules
-from pipeline.data.plan import Unit
+from pipeline.data.preparing.encoder import Backend, Encoder
+from pipeline.data.preparing.unit import EXAMPLES
+from pipeline.data.reading.corpus import read_unit
+from pipeline.data.reading.formats import Document, Rejected, TextRules
+from pipeline.data.reading.plan import Unit
 from pipeline.data.shards import DOCUMENT_DTYPE, token_dtype
 from pipeline.data.tokenizer import TextTokenizer
-from pipeline.data.unit import EXAMPLES
 from pipeline.errors import UserError
 
 FEW_DOCUMENTS = 100

@@ -11,7 +11,7 @@ import unicodedata
 from itertools import pairwise
 from typing import Any
 
-from pipeline.data.cuts import added_tokens
+from pipeline.data.preparing.cuts import added_tokens
 
 NASTY = (
     "",

@@ -19,18 +19,27 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.data.corpus import Corpus, changed_since
-from pipeline.data.decide import corpus_of, encoder_for, free_bytes, make_tokenizer, split_rule
-from pipeline.data.executors import CutEnd, Failure, UnitRun, open_place
-from pipeline.data.finish import manifest_of, no_documents, refuse_empty_split, too_many_bad, write_quarantine
-from pipeline.data.ledger import Entry, Ledger, LedgerHeader, StreamEnd, finished, headers, ledgers, unrecorded
 from pipeline.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, FailedUnit, Manifest, digest_of, write_manifest
-from pipeline.data.plan import Unit, cut_stream, plan_units
-from pipeline.data.progress import UnitProgress
-from pipeline.data.request import Request, complete_manifest, refuse_foreign, sizes_agree
-from pipeline.data.survey import estimate, refuse_small_disk, survey
+from pipeline.data.preparing.decide import corpus_of, encoder_for, free_bytes, make_tokenizer, split_rule
+from pipeline.data.preparing.executors import CutEnd, Failure, UnitRun, open_place
+from pipeline.data.preparing.finish import manifest_of, no_documents, refuse_empty_split, too_many_bad, write_quarantine
+from pipeline.data.preparing.ledger import (
+    Entry,
+    Ledger,
+    LedgerHeader,
+    StreamEnd,
+    finished,
+    headers,
+    ledgers,
+    unrecorded,
+)
+from pipeline.data.preparing.progress import UnitProgress
+from pipeline.data.preparing.request import Request, complete_manifest, refuse_foreign, sizes_agree
+from pipeline.data.preparing.survey import estimate, refuse_small_disk, survey
+from pipeline.data.preparing.unit import UnitReport, UnitSettings, prepare_unit, report_path
+from pipeline.data.reading.corpus import Corpus, changed_since
+from pipeline.data.reading.plan import Unit, cut_stream, plan_units
 from pipeline.data.tokenizer import TextTokenizer
-from pipeline.data.unit import UnitReport, UnitSettings, prepare_unit, report_path
 from pipeline.errors import StoppedEarly, Unfinished, UserError
 from pipeline.files import fsync_folder
 from pipeline.locks import LOCK_NAME, locked, refuse_held

@@ -9,8 +9,8 @@ import argparse
 import re
 from pathlib import Path
 
-from pipeline.data.formats import TextRules
-from pipeline.data.request import Request
+from pipeline.data.preparing.request import Request
+from pipeline.data.reading.formats import TextRules
 from pipeline.errors import UserError
 
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\0": "\0"}

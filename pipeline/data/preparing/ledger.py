@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.data.unit import UnitReport, report_path
+from pipeline.data.preparing.unit import UnitReport, report_path
 from pipeline.files import write_durably
 
 LEDGER_NAME = "ledger.jsonl"

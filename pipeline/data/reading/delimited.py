@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from pipeline.data.bytestream import BLOCK_BYTES
+from pipeline.data.reading.bytestream import BLOCK_BYTES
 from pipeline.errors import UserError
 
 HEAD_BYTES = 1024

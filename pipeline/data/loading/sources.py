@@ -12,11 +12,11 @@ from pathlib import Path, PurePath
 
 from pipeline.config import Config
 from pipeline.config_data import SourceConfig
-from pipeline.data.blend import Blend, Phase, PhaseSource
 from pipeline.data.dataset import Dataset, TokenSplit, open_dataset
-from pipeline.data.foreign_files import is_foreign
-from pipeline.data.loader import Fixed, Loader, Shuffled
-from pipeline.data.rows import Concat, Pack, Plan
+from pipeline.data.exchange.foreign_files import is_foreign
+from pipeline.data.loading.blend import Blend, Phase, PhaseSource
+from pipeline.data.loading.loader import Fixed, Loader, Shuffled
+from pipeline.data.loading.rows import Concat, Pack, Plan
 from pipeline.errors import UserError
 from pipeline.seeds import named_seed
 
@@ -126,7 +126,7 @@ def open_source(source: SourceConfig) -> Dataset:
     if source.tokenizer is None:
         _refuse_unprepared(source.path)
         return open_dataset(source.path)
-    from pipeline.data.foreign import open_foreign  # tokenizers are slow to import and seldom needed to train
+    from pipeline.data.exchange.foreign import open_foreign  # tokenizers are slow to import and seldom needed to train
 
     return open_foreign(
         source.path,

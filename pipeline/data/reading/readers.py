@@ -18,9 +18,9 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.bytestream import BLOCK_BYTES, MIB, character_start, open_stream
-from pipeline.data.delimited import Overlong, csv_records, json_elements, separated, skip_line
-from pipeline.data.formats import (
+from pipeline.data.reading.bytestream import BLOCK_BYTES, MIB, character_start, open_stream
+from pipeline.data.reading.delimited import Overlong, csv_records, json_elements, separated, skip_line
+from pipeline.data.reading.formats import (
     TEXT_CHUNK_BYTES,
     Document,
     Fault,
@@ -32,7 +32,7 @@ from pipeline.data.formats import (
     TextRules,
     missing_key,
 )
-from pipeline.data.hub import load_saved, saved_columns
+from pipeline.data.reading.hub import load_saved, saved_columns
 from pipeline.errors import UserError
 
 _BATCH_BYTES, _BATCH_ROWS = 4 * MIB, 256

@@ -15,9 +15,9 @@ from typing import IO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.bytestream import BLOCK_BYTES, CutFinder, open_stream
-from pipeline.data.formats import Piece, Source, TextRules
-from pipeline.data.readers import column_bytes, require_column
+from pipeline.data.reading.bytestream import BLOCK_BYTES, CutFinder, open_stream
+from pipeline.data.reading.formats import Piece, Source, TextRules
+from pipeline.data.reading.readers import column_bytes, require_column
 from pipeline.errors import UserError
 
 _COMPRESSION_RATIO = 4

@@ -22,13 +22,13 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 
-from pipeline.data.corpus import check_text_key, find_corpus, read_unit
 from pipeline.data.dataset import open_shards
-from pipeline.data.deletion import delete_documents, open_shard, run_each
-from pipeline.data.formats import Document, Source, TextRules
+from pipeline.data.deleting.deletion import delete_documents, open_shard, run_each
+from pipeline.data.deleting.ngrams import SHORTEST, NgramIndex
 from pipeline.data.manifest import TOKENIZER_NAME, Contamination, Manifest, ShardInfo, read_manifest
-from pipeline.data.ngrams import SHORTEST, NgramIndex
-from pipeline.data.plan import plan_units
+from pipeline.data.reading.corpus import check_text_key, find_corpus, read_unit
+from pipeline.data.reading.formats import Document, Source, TextRules
+from pipeline.data.reading.plan import plan_units
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.data.tokenizer_files import byte_symbols
 from pipeline.errors import UserError

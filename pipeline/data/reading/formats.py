@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from pipeline.data.bytestream import MIB, Compression, character_start
+from pipeline.data.reading.bytestream import MIB, Compression, character_start
 from pipeline.errors import UserError
 
 TEXT_CHUNK_BYTES = MIB

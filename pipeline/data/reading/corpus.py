@@ -17,11 +17,11 @@ from pathlib import Path, PurePath, PurePosixPath
 from stat import S_ISREG
 from typing import NamedTuple
 
-from pipeline.data.bytestream import BLOCK_BYTES, Compression, open_stream
-from pipeline.data.formats import Document, Kind, Record, Source, TextRules, missing_key
-from pipeline.data.hub import hub_files, load_saved
-from pipeline.data.plan import Unit
-from pipeline.data.readers import keys_of, read_piece
+from pipeline.data.reading.bytestream import BLOCK_BYTES, Compression, open_stream
+from pipeline.data.reading.formats import Document, Kind, Record, Source, TextRules, missing_key
+from pipeline.data.reading.hub import hub_files, load_saved
+from pipeline.data.reading.plan import Unit
+from pipeline.data.reading.readers import keys_of, read_piece
 from pipeline.errors import UserError, nearest
 
 _KINDS: dict[str, Kind] = {
