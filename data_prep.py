@@ -20,16 +20,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pipeline.data.audit import inspect, verify
-from pipeline.data.contamination import check_contamination, evaluation_sources
-from pipeline.data.decide import rehearse
-from pipeline.data.dedup import check_threshold, deduplicate
-from pipeline.data.executors import open_place
-from pipeline.data.export_llmc import export_llmc
-from pipeline.data.flags import output_of, parse, request_of
+from pipeline.data.deleting.contamination import check_contamination, evaluation_sources
+from pipeline.data.deleting.dedup import check_threshold, deduplicate
+from pipeline.data.exchange.export_llmc import export_llmc
 from pipeline.data.manifest import SPLITS, Manifest, read_manifest
-from pipeline.data.prepare import prepare, stopped
-from pipeline.data.unit import UNKNOWN_TOKENS
+from pipeline.data.preparing.audit import inspect, verify
+from pipeline.data.preparing.decide import rehearse
+from pipeline.data.preparing.executors import open_place
+from pipeline.data.preparing.flags import output_of, parse, request_of
+from pipeline.data.preparing.prepare import prepare, stopped
+from pipeline.data.preparing.unit import UNKNOWN_TOKENS
 from pipeline.errors import UserError, run_command
 from pipeline.locks import locked
 

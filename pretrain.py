@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 from pipeline.cli import load_config
 from pipeline.config import Config
-from pipeline.data.loader import Loader, Prefetcher
-from pipeline.data.sources import TrainingData, ValidationSet, open_sources
+from pipeline.data.loading.loader import Loader, Prefetcher
+from pipeline.data.loading.sources import TrainingData, ValidationSet, open_sources
 from pipeline.errors import StoppedEarly, UserError, run_command
 from pipeline.model.transformer import Decoder, build_model, flops_per_token, initialise
 from pipeline.train.announce import announce

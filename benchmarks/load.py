@@ -24,8 +24,8 @@ from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.data.dataset import TokenSplit
-from pipeline.data.loader import Loader, Shuffled
-from pipeline.data.rows import Concat, Pack
+from pipeline.data.loading.loader import Loader, Shuffled
+from pipeline.data.loading.rows import Concat, Pack
 from pipeline.data.shards import DOCUMENT_DTYPE, DocumentInfo, Shard, ShardWriter
 
 VOCABULARY, SHARDS, BATCH_TOKENS, MICRO_BATCH, MEDIAN = 50_257, 4, 2**17, 8, 400
