@@ -401,8 +401,9 @@ def test_killed_anywhere_it_is_as_before_or_as_after(
         unlink(path, missing_ok)
 
     with monkeypatch.context() as patched:
-        for module in ("deletion", "manifest", "minhash"):
+        for module in ("deleting.deletion", "manifest", "deleting.minhash"):
             patched.setattr(f"pipeline.data.{module}.write_durably", killed_write)
+
         patched.setattr(Path, "unlink", killed_unlink)
         try:
             dedup(folder, threshold=0.6)

@@ -50,7 +50,7 @@ LINES = st.builds(
 def blocks_of(size: int) -> Iterator[None]:
     """Blocks so small that everything crosses their borders."""
     modules = ["bytestream", "delimited", "readers", "plan"]
-    patches = [mock.patch(f"pipeline.data.{module}.BLOCK_BYTES", size) for module in modules]
+    patches = [mock.patch(f"pipeline.data.reading.{module}.BLOCK_BYTES", size) for module in modules]
     for patch in patches:
         patch.start()
     try:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.data.manifest import TOKENIZER_NAME, Manifest, SplitName, read_manifest
-from pipeline.data.shards import DocumentInfo, Shard
+from pipeline.data.shards import DocumentInfo, Shard, allow_open_files
 from pipeline.errors import UserError
 
 Tokens = npt.NDArray[Any]
@@ -212,6 +212,7 @@ def open_shards(folder: Path, manifest: Manifest) -> dict[SplitName, list[Shard]
     """The shards of a prepared dataset, unchecked."""
     dtype = np.dtype(manifest.dtype).newbyteorder("<")
     inputs = [source.name for source in manifest.inputs]
+    allow_open_files(sum(map(len, manifest.splits.values())))
     return {
         split: [Shard(folder, info, dtype=dtype, inputs=inputs) for info in infos]
         for split, infos in manifest.splits.items()

@@ -8,7 +8,6 @@ The index follows `megatron/core/datasets/indexed_dataset.py` of NVIDIA/Megatron
 
 from __future__ import annotations
 
-import errno
 import io
 import mmap
 import os
@@ -33,6 +32,7 @@ from pipeline.files import fsync_folder, write_durably
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, length of the document index
+FILES_PER_SHARD, OTHER_FILES = 4, 256
 DTYPE_CODES = {"uint16": 8, "int32": 4}
 DOCUMENT_DTYPE = np.dtype([("text_bytes", "<i8"), ("source", "<i4"), ("row", "<i8"), ("hash", "<u8", (2,))])
 
@@ -253,26 +253,22 @@ def map_file(path: Path, *, shuffled: bool = False) -> mmap.mmap | bytes:
     """
     if path.stat().st_size == 0:
         return b""
-    try:
-        mapped = _map(path)
-    except OSError as error:
-        if error.errno != errno.EMFILE:
-            raise
-        _raise_file_limit(path)
-        mapped = _map(path)
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     if shuffled and hasattr(mmap, "MADV_RANDOM"):
         mapped.madvise(mmap.MADV_RANDOM)
     return mapped
 
 
-def _map(path: Path) -> mmap.mmap:
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+def allow_open_files(shards: int) -> None:
+    """Raise the soft limit of open files, usually 1,024, to what so many shards need: a map keeps its file open.
 
-
-def _raise_file_limit(path: Path) -> None:
-    """A map keeps its file open, and a large dataset has more files than the usual soft limit of 1,024 allows."""
+    Raises `UserError` when the system does not allow as many.
+    """
+    needed = FILES_PER_SHARD * shards + OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == hard:
-        raise UserError(f"cannot open {path}: the limit of {soft} open files is reached; raise it with `ulimit -n`")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise UserError(f"{shards} shards need {needed} open files, the system allows {hard}; raise `ulimit -Hn`")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
