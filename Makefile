@@ -36,6 +36,7 @@ format: $(INSTALLED_DEV)
 bench: $(INSTALLED_DEV)
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.generate
+	$(BIN)/python -m benchmarks.load
 
 schema: $(INSTALLED)
 	$(BIN)/python -m pipeline.config > configs/schema.json
