@@ -26,6 +26,7 @@ import numpy as np
 import psutil
 
 EOS = "<|endoftext|>"
+POLL_SECONDS = 0.2  # to look stops the process for a moment
 SUFFIXES = (".py", ".pyi", ".h", ".rst", ".md", ".txt")
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -92,7 +93,7 @@ def measure(name: str, corpus: Path, tokenizer: str, workers: int, output: Path)
     peak = 0
     while process.poll() is None:
         peak = max(peak, tree_memory(process.pid))
-        time.sleep(0.05)
+        time.sleep(POLL_SECONDS)
     seconds = time.perf_counter() - began
     assert process.stdout is not None, "it was piped"
     assert process.returncode == 0, f"{name} failed"
@@ -101,13 +102,14 @@ def measure(name: str, corpus: Path, tokenizer: str, workers: int, output: Path)
 
 
 def tree_memory(pid: int) -> int:
-    """Proportional set size of a process and all below it: shared pages are counted once."""
+    """Proportional set size of a process and all below it, bytes: shared pages are counted once."""
     total = 0
     try:
         root = psutil.Process(pid)
         for process in [root, *root.children(recursive=True)]:
-            total += process.memory_full_info().pss
-    except psutil.Error:
+            lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+            total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+    except (psutil.Error, OSError):
         pass  # one of them ended meanwhile
     return total
 

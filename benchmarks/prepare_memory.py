@@ -77,7 +77,7 @@ def run(arguments: list[str], output: Path) -> tuple[float, float]:
     peak = 0
     while process.poll() is None:
         peak = max(peak, tree_memory(process.pid))
-        time.sleep(0.02)
+        time.sleep(0.1)
     if process.returncode:
         raise SystemExit(f"failed: {command}")
     for path in sorted(output.iterdir()):
