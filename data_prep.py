@@ -136,7 +136,8 @@ def summary(output: Path, manifest: Manifest) -> str:
         state = "deleted" if manifest.contamination.deleted else "kept"
         lines.append(f"contaminated: {manifest.contamination.documents:,} training documents, {state}")
     lines.append(f"dataset: {output}, digest {manifest.data_digest[:16]}")
-    lines.append(f"next: python pretrain.py configs/NAME.yaml --data.path {output}")
+    run = f"--data.path {output} --run-dir runs/{output.resolve().name}"
+    lines.append(f"next: python pretrain.py configs/quickstart.yaml {run}")
     return "\n".join(lines)
 
 

@@ -30,6 +30,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from pipeline.data.dataset import open_dataset
+from pipeline.data.deleting.dedup import deduplicate
 from pipeline.data.manifest import Manifest, SplitName
 from pipeline.data.preparing.audit import verify
 from pipeline.data.preparing.decide import rehearse
@@ -790,3 +791,28 @@ def test_an_input_that_changes_during_the_work_is_not_passed_off(corpus: Path, m
     assert "made again because input or files changed" in said
     run(replace(wanted, output=corpus.parent / "fresh"))
     assert content(corpus.parent / "out") == content(corpus.parent / "fresh")
+
+
+def test_deletions_that_a_new_preparation_takes_back_are_told(corpus: Path) -> None:
+    write_lines(corpus / "c.jsonl", TEXTS[:20])
+    wanted = request(corpus, tokenizer="bytes")
+    run(wanted)
+    quiet = Console(file=io.StringIO())
+    assert deduplicate(wanted.output, method="exact", executor=None, console=quiet).total("train", "documents") < 240
+    write_lines(corpus / "c.jsonl", TEXTS[:21])
+    _, said = run(wanted)
+    assert "warning: documents that --dedup or --contamination deleted are part of the dataset again" in said
+    write_lines(corpus / "c.jsonl", TEXTS[:22])
+    assert "warning" not in run(wanted)[1]
+
+
+def test_a_damaged_shard_is_mended_as_verify_says(corpus: Path) -> None:
+    run(request(corpus))
+    output = corpus.parent / "out"
+    before = content(output)
+    (output / "train-00001.bin").write_bytes(before["train-00001.bin"][::-1])
+    with pytest.raises(UserError, match=r"(?s)train-00001\.bin: .*remove the files named and run the command"):
+        verify(output)
+    (output / "train-00001.bin").unlink()
+    run(request(corpus))
+    assert content(output) == before

@@ -53,7 +53,7 @@ def test_from_text_to_dataset_and_back(tmp_path: Path) -> None:
     assert train.n_documents + val.n_documents == 150
     assert f"train: {train.n_documents} documents, {train.n_tokens:,} tokens" in made.stdout
     assert f"val: {val.n_documents} documents" in made.stdout
-    assert f"next: python pretrain.py configs/NAME.yaml --data.path {output}" in made.stdout
+    assert f"next: python pretrain.py configs/quickstart.yaml --data.path {output} --run-dir runs/out" in made.stdout
     again = command(tmp_path / "*.txt", "--output", output, "--tokenizer", "chars", "--text-separator", r"\n\n\n",
                     "--val-fraction", "0.1")  # fmt: skip
     assert again.returncode == 0

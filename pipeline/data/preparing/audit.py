@@ -53,7 +53,8 @@ def verify(path: str | Path) -> str:
     changed, gone = _check_inputs(manifest)
     if findings or changed:
         state = "is damaged" if findings else "is whole, but not made of what its inputs are now"
-        raise UserError("\n  ".join([f"{path} {state}:", *findings, *changed]))
+        remedy = [] if not findings else ["remove the files named and run the command that prepared it again"]
+        raise UserError("\n  ".join([f"{path} {state}:", *findings, *changed, *remedy]))
     note = f"\nnote: {gone} of {len(manifest.inputs)} inputs are not here to be compared" if gone else ""
     documents = sum(info.documents for infos in manifest.splits.values() for info in infos)
     return f"{path} is whole: {documents:,} documents, digest {manifest.data_digest[:16]}{note}"

@@ -85,7 +85,11 @@ def parse(arguments: list[str], *, description: str | None) -> argparse.Namespac
     )
     add("--contamination", nargs="*", type=Path, metavar="FILE",
         help="count training documents that share 13 words in a row with evaluation files (none: forget)")  # fmt: skip
-    add("--delete-contaminated", action="store_true", help="and deleted")
+    add(
+        "--delete-contaminated",
+        action="store_true",
+        help="also delete them; a later check without this takes them back",
+    )
 
     add = parser.add_argument_group("a dataset that is there").add_argument
     add("--inspect", type=Path, metavar="DIR", help="show what a dataset holds, and samples of it")

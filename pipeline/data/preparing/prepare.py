@@ -19,7 +19,15 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, FailedUnit, Manifest, digest_of, write_manifest
+from pipeline.data.manifest import (
+    MANIFEST_NAME,
+    TOKENIZER_NAME,
+    FailedUnit,
+    Manifest,
+    digest_of,
+    read_manifest,
+    write_manifest,
+)
 from pipeline.data.preparing.decide import corpus_of, encoder_for, free_bytes, make_tokenizer, split_rule
 from pipeline.data.preparing.executors import CutEnd, Failure, UnitRun, open_place
 from pipeline.data.preparing.finish import manifest_of, no_documents, refuse_empty_split, too_many_bad, write_quarantine
@@ -128,10 +136,27 @@ class _Preparation:
         left = estimate(seen.sample, size, tokenizer=tokenizer, backend=backend, workers=1)
         refuse_small_disk(self.output, left.disk_bytes)
         self.disk_bytes_per_byte = left.disk_bytes / max(size, 1)
-        (self.output / MANIFEST_NAME).unlink(missing_ok=True)  # inputs changed: what it vouches for is about to
+        self._withdraw_manifest()
         self._write_ledger()
         tokenizer.save(self.output / TOKENIZER_NAME)
         fsync_folder(self.output)
+
+    def _withdraw_manifest(self) -> None:
+        """Inputs or files changed, so what it vouches for is about to; deletions are no part of what is made again."""
+        path = self.output / MANIFEST_NAME
+        if not path.exists():
+            return
+        try:
+            old = read_manifest(self.output)
+        except UserError:  # damaged: it tells nothing
+            old = None
+        if old and (old.deduplication or old.contamination):
+            self.console.print(
+                "warning: documents that --dedup or --contamination deleted are part of the dataset again; "
+                "run the same deletion once more when this is done",
+                markup=False,
+            )
+        path.unlink()
 
     def run(self) -> Manifest | None:
         """Do what is left, judge it, and write the manifest; a share of the units has none to write."""
