@@ -37,6 +37,8 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True, help="a tokenizer.json of GPT-2's kind")
     parser.add_argument("--text", type=Path, nargs="+", help="files, each a document (default: installed sources)")
     parser.add_argument("--megabytes", type=int, default=250)
+    parser.add_argument("--copies", type=int, default=1, help="repeat the text so often, to see past the start")
+    parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--way", nargs=4, help=argparse.SUPPRESS)  # the child process: name, corpus, workers, output
     arguments = parser.parse_args()
@@ -47,11 +49,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=".") as folder:
         corpus = Path(folder) / "corpus.jsonl"
         size = make_corpus(corpus, arguments.text or installed_sources(), arguments.megabytes * 10**6)
+        size *= arguments.copies
+        corpus.write_bytes(corpus.read_bytes() * arguments.copies)
         print(f"{size / 1e6:,.0f} MB of text in {corpus.stat().st_size / 1e6:,.0f} MB of JSONL, {os.cpu_count()} cores")
         print(f"{'way':<26}{'workers':>8}{'seconds':>9}{'MB/s':>8}{'Mtok/s':>8}{'peak MB':>9}{'of ours':>9}")
         for workers in arguments.workers:
             ours = 0.0
-            for name in WAYS:
+            for name in arguments.only:
                 output = Path(folder) / f"{WAYS[name].__name__}-{workers}"
                 seconds, tokens, peak = measure(name, corpus, arguments.tokenizer, workers, output)
                 rate = size / 1e6 / seconds
