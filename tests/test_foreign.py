@@ -533,6 +533,12 @@ def try_to_read(path: Path, **options: Any) -> Dataset | None:
     return dataset
 
 
+def bytes_read(dataset: Dataset) -> int:
+    """Of the ids of both splits, as they are stored."""
+    splits = [dataset.split("train"), dataset.split("val")]
+    return sum(split.tokens(0, split.n_tokens).nbytes for split in splits)
+
+
 fuzzed = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -544,7 +550,10 @@ def test_random_bytes_are_read_or_refused(tmp_path: Path, content: bytes, index:
     if index is not None:
         (tmp_path / "x.idx").write_bytes((b"MMIDIDX\0\0" + struct.pack("<QB", 1, 8))[:head] + index)
     for dtype in (None, "uint16", "int32", "uint32"):
-        try_to_read(tmp_path / "x.bin", dtype=dtype, val_fraction=0.3)
+        dataset = try_to_read(tmp_path / "x.bin", dtype=dtype, val_fraction=0.3)
+        assert dataset is None or bytes_read(dataset) == len(content)
+        if index is None and dtype is None:
+            assert dataset is None, "bare ids say nothing of their type"
 
 
 @fuzzed
@@ -559,4 +568,6 @@ def test_damaged_files_are_read_or_refused(tmp_path: Path, data: st.DataObject) 
         content[place] = data.draw(st.integers(0, 255))
     del content[data.draw(st.integers(len(content) // 2, len(content))) :]
     (tmp_path / name).write_bytes(content)
-    try_to_read(tmp_path / name, val_fraction=data.draw(st.sampled_from([None, 0.4])))
+    dataset = try_to_read(tmp_path / name, val_fraction=data.draw(st.sampled_from([None, 0.4])))
+    held = (tmp_path / "l.bin").stat().st_size - 1024 if name == "l.bin" else (tmp_path / "m.bin").stat().st_size
+    assert dataset is None or bytes_read(dataset) == held

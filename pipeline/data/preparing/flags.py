@@ -29,7 +29,14 @@ def parse(arguments: list[str], *, description: str | None) -> argparse.Namespac
     add("inputs", nargs="*", metavar="INPUT", help="files, folders, globs, hf:NAME[:CONFIG][@REVISION], saved datasets")
     add("--output", type=Path, metavar="DIR", help="folder of the dataset, made if missing")
     add("--dry-run", action="store_true", help="only say what it would come to: units, tokens, disk, time")
+    _add_text_flags(parser)
+    _add_work_flags(parser)
+    _add_dataset_flags(parser)
+    return parser.parse_intermixed_args(arguments)
 
+
+def _add_text_flags(parser: argparse.ArgumentParser) -> None:
+    """What is a document, and what becomes of it."""
     add = parser.add_argument_group("tokens").add_argument
     add(
         "--tokenizer",
@@ -64,6 +71,9 @@ def parse(arguments: list[str], *, description: str | None) -> argparse.Namespac
     )
     add("--seed", type=int, default=1337, metavar="N", help="decides which documents are held out (default: 1337)")
 
+
+def _add_work_flags(parser: argparse.ArgumentParser) -> None:
+    """Who does the work, and what stops it."""
     add = parser.add_argument_group("work").add_argument
     add("--workers", type=int, default=1, metavar="N", help="processes; the result is the same for any N (default: 1)")
     add("--executor", metavar="dask://HOST:PORT", help="do the work on a Dask cluster that shares the file system")
@@ -74,6 +84,9 @@ def parse(arguments: list[str], *, description: str | None) -> argparse.Namespac
     add("--strict", action="store_true", help="stop at the first bad record")
     add("--allow-failed", action="store_true", help="do without inputs that cannot be read to their end")
 
+
+def _add_dataset_flags(parser: argparse.ArgumentParser) -> None:
+    """What is done with a dataset that is there."""
     add = parser.add_argument_group("repetition and contamination").add_argument
     add("--dedup", choices=("exact", "near", "none"), help="delete repeated documents; none takes it back")
     add(
@@ -95,7 +108,6 @@ def parse(arguments: list[str], *, description: str | None) -> argparse.Namespac
     add("--inspect", type=Path, metavar="DIR", help="show what a dataset holds, and samples of it")
     add("--verify", type=Path, metavar="DIR", help="check every byte of a dataset")
     add("--export", type=Path, metavar="DIR", help="write a dataset in the format of llm.c into --output")
-    return parser.parse_intermixed_args(arguments)
 
 
 def _size(text: str) -> int:
