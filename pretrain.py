@@ -19,13 +19,13 @@ from pipeline.data.loading.sources import TrainingData, ValidationSet, open_sour
 from pipeline.errors import StoppedEarly, UserError, run_command
 from pipeline.model.transformer import Decoder, build_model, flops_per_token, initialise
 from pipeline.train.announce import announce
-from pipeline.train.checkpoint import TrainState
 from pipeline.train.guard import StopSignal
 from pipeline.train.metrics import Meter, device_peak_flops
 from pipeline.train.optim import build_optimizer, learning_rate
 from pipeline.train.parallel import parallelise
 from pipeline.train.run import Run
 from pipeline.train.runtime import Runtime
+from pipeline.train.state import TrainState
 from pipeline.train.step import Trainer, evaluate
 
 

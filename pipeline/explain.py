@@ -24,7 +24,8 @@ from pipeline.data.loading.sources import TrainingData, open_sources, reopen
 from pipeline.data.order import share
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError, run_command
-from pipeline.train.checkpoint import BatchSizes, list_checkpoints, read_state, rows_of_step
+from pipeline.train.checkpoint import list_checkpoints, read_state
+from pipeline.train.state import BatchSizes, rows_of_step
 
 SHOWN_TOKENS, SHOWN_CHARACTERS = 48, 100  # of the text of each document
 

@@ -14,9 +14,7 @@ from pipeline.errors import UserError
 from pipeline.model.transformer import Decoder, build_model, initialise
 from pipeline.ramp import Ramp
 from pipeline.train.checkpoint import (
-    BatchSizes,
     CheckpointStore,
-    TrainState,
     list_checkpoints,
     load_model,
     newest_intact,
@@ -27,6 +25,7 @@ from pipeline.train.checkpoint import (
 )
 from pipeline.train.optim import build_optimizer
 from pipeline.train.runtime import Runtime
+from pipeline.train.state import BatchSizes, TrainState
 
 SETTINGS = {
     "model": {"n_layers": 2, "n_heads": 2, "d_model": 16, "context_length": 8},
@@ -194,7 +193,7 @@ def test_foreign_format_is_refused(store: CheckpointStore) -> None:
     path = store.save(state_at(3), model=model, optimizer=optimizer)
     values = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps({**values, "format": 99}))
-    with pytest.raises(UserError, match="has format 99, this version reads 2"):
+    with pytest.raises(UserError, match="has format 99, this version reads 3"):
         restore(path, model=model, optimizer=optimizer)
 
 
@@ -247,7 +246,7 @@ def test_a_phase_begins_where_shares_change_and_nowhere_else() -> None:
 
 def test_a_state_of_another_format_or_a_torn_one_is_named(tmp_path: Path) -> None:
     for content, message in (
-        ('{"format": 1, "rows": 3}', "has format 1, this version reads 2"),
+        ('{"format": 1, "rows": 3}', "has format 1, this version reads 3"),
         ('{"for', "cannot be"),
     ):
         (tmp_path / "state.json").write_text(content)

@@ -11,9 +11,9 @@ from pipeline.data.loading.loader import Loader
 from pipeline.data.loading.rows import Concat, Plan
 from pipeline.data.loading.sources import TrainingData
 from pipeline.model.transformer import Decoder, count_parameters
-from pipeline.train.checkpoint import TrainState
 from pipeline.train.optim import learning_rate
 from pipeline.train.runtime import Runtime
+from pipeline.train.state import TrainState
 
 
 def announce(

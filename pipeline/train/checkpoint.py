@@ -18,7 +18,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -27,7 +27,6 @@ from typing import Any
 import torch
 import xxhash
 import yaml
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -36,72 +35,13 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from pipeline.cli import config_from_values, read_yaml
 from pipeline.config import Config, resolved
-from pipeline.data.loading.blend import Phase, PhaseSource, continued
 from pipeline.errors import UserError, nearest
 from pipeline.files import fsync_folder
 from pipeline.model.transformer import Decoder, build_model
-from pipeline.ramp import Ramp
 from pipeline.train.runtime import Runtime
+from pipeline.train.state import FORMAT, TrainState
 
-FORMAT = 2
 _NAME = re.compile(r"step-(\d{8,})")
-
-
-class BatchSizes(BaseModel):
-    """From step `after` + 1 on, which begins at row `row`, each step takes its rows by `ramp`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    after: int
-    row: int
-    ramp: Ramp
-
-
-def rows_of_step(batches: Sequence[BatchSizes], step: int) -> tuple[int, int]:
-    """First row and number of rows of step `step`; 1 is the first."""
-    sizes = next(sizes for sizes in reversed(batches) if sizes.after < step)
-    return sizes.row + sizes.ramp.before(step) - sizes.ramp.before(sizes.after + 1), sizes.ramp.of(step)
-
-
-class TrainState(BaseModel):
-    """Where a run stands. The next batch starts at row `rows`; there is no other data position.
-
-    `phases` say what the rows are, `batches` which of them each step took; both grow when a resumed run changes them.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format: int = FORMAT
-    step: int
-    rows: int
-    tokens: int
-    n_tokens: int
-    phases: tuple[Phase, ...]
-    batches: tuple[BatchSizes, ...]
-    tokenizer_fingerprint: str
-    tokenizer_eos_id: int
-    precision: str
-    loss_scale: dict[str, float | int] = {}
-
-    def rows_of(self, step: int) -> tuple[int, int]:
-        """First row and number of rows of any step, one of the past or one to come."""
-        return rows_of_step(self.batches, step)
-
-    def after(self, *, targets: int) -> TrainState:
-        """The state one update later, which had so many targets."""
-        first, rows = self.rows_of(self.step + 1)
-        assert first == self.rows, f"step {self.step + 1} begins at row {first}, got as far as {self.rows}"
-        changed = {"step": self.step + 1, "rows": first + rows, "tokens": self.tokens + targets}
-        return self.model_copy(update=changed)
-
-    def continued(self, sources: tuple[PhaseSource, ...], ramp: Ramp) -> TrainState:
-        """The state from which a run goes on with these datasets and sizes of batches, perhaps new ones."""
-        batches = self.batches
-        if ramp != batches[-1].ramp:
-            batches = (*(sizes for sizes in batches if sizes.after < self.step),)
-            batches += (BatchSizes(after=self.step, row=self.rows, ramp=ramp),)
-        phases = continued(self.phases, sources, row=self.rows)
-        return self.model_copy(update={"batches": batches, "phases": phases})
 
 
 class CheckpointStore:

@@ -26,10 +26,11 @@ from pipeline.errors import UserError
 from pipeline.files import write_durably
 from pipeline.locks import locked
 from pipeline.model.transformer import Decoder
-from pipeline.train.checkpoint import BatchSizes, CheckpointStore, TrainState, read_config, read_state, restore
+from pipeline.train.checkpoint import CheckpointStore, read_config, read_state, restore
 from pipeline.train.curves import draw_curves
 from pipeline.train.metrics import ConsoleLine, Meter, Record, read_record
 from pipeline.train.runtime import Runtime, Trackers, environment
+from pipeline.train.state import BatchSizes, TrainState
 from pipeline.train.step import Evaluation, StepResult
 
 # Sections whose change makes it another run; what may change freely is the rest of the run's surroundings.

@@ -1,0 +1,88 @@
+"""Where a run stands: numbers and names, no tensors; state.json of a checkpoint.
+
+In: what each step trained on. Out: the rows of any step, past or to come, and all else that a run needs to go on as
+if it had never stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import BaseModel, ConfigDict
+
+from pipeline.data.loading.blend import Phase, PhaseSource, continued
+from pipeline.ramp import Ramp
+
+FORMAT = 3
+
+
+class BatchSizes(BaseModel):
+    """From step `after` + 1 on, which begins at row `row`, each step takes its rows by `ramp`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    after: int
+    row: int
+    ramp: Ramp
+
+
+def rows_of_step(batches: Sequence[BatchSizes], step: int) -> tuple[int, int]:
+    """First row and number of rows of step `step`; 1 is the first."""
+    sizes = next(sizes for sizes in reversed(batches) if sizes.after < step)
+    return sizes.row + sizes.ramp.before(step) - sizes.ramp.before(sizes.after + 1), sizes.ramp.of(step)
+
+
+class Rollback(BaseModel):
+    """After step `spike` the run went back to the checkpoint of step `to` and left out the rows between them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    spike: int
+    to: int
+
+
+class TrainState(BaseModel):
+    """Where a run stands. The next batch starts at row `rows`; there is no other data position.
+
+    `phases` say what the rows are, `batches` which of them each step took; both grow when a resumed run changes them.
+    `evaluated` is false when the run was stopped before the evaluation that this step was due for. `skipped` names
+    steps whose update was not applied, `recent_losses` are the last ones, oldest first, by which a spike is told.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int = FORMAT
+    step: int
+    rows: int
+    tokens: int
+    n_tokens: int
+    phases: tuple[Phase, ...]
+    batches: tuple[BatchSizes, ...]
+    tokenizer_fingerprint: str
+    tokenizer_eos_id: int
+    precision: str
+    loss_scale: dict[str, float | int] = {}
+    evaluated: bool = True
+    skipped: tuple[int, ...] = ()
+    rollbacks: tuple[Rollback, ...] = ()
+    recent_losses: tuple[float, ...] = ()
+
+    def rows_of(self, step: int) -> tuple[int, int]:
+        """First row and number of rows of any step, one of the past or one to come."""
+        return rows_of_step(self.batches, step)
+
+    def after(self, *, targets: int) -> TrainState:
+        """The state one update later, which had so many targets."""
+        first, rows = self.rows_of(self.step + 1)
+        assert first == self.rows, f"step {self.step + 1} begins at row {first}, got as far as {self.rows}"
+        changed = {"step": self.step + 1, "rows": first + rows, "tokens": self.tokens + targets}
+        return self.model_copy(update=changed)
+
+    def continued(self, sources: tuple[PhaseSource, ...], ramp: Ramp) -> TrainState:
+        """The state from which a run goes on with these datasets and sizes of batches, perhaps new ones."""
+        batches = self.batches
+        if ramp != batches[-1].ramp:
+            batches = (*(sizes for sizes in batches if sizes.after < self.step),)
+            batches += (BatchSizes(after=self.step, row=self.rows, ramp=ramp),)
+        phases = continued(self.phases, sources, row=self.rows)
+        return self.model_copy(update={"batches": batches, "phases": phases})
