@@ -15,6 +15,7 @@ FLOORS = {
     "section": 0,
     "ramp": 0,
     "config_data": 0,
+    "config_train": 0,
     "config": 0,
     "cli": 0,
     "files": 0,
