@@ -133,6 +133,30 @@ MISTAKES = {
         ["good.jsonl", "--output", "out", "--delete-contaminated"],
         "--delete-contaminated wants --contamination FILE",
     ),
+    "misspelt flag": (["good.jsonl", "--tokenzer", "bytes"], "no flag --tokenzer; did you mean '--tokenizer'?\n"),
+    "underscore": (["good.jsonl", "--val_fraction=0.1"], "no flag --val_fraction; did you mean '--val-fraction'?\n"),
+    "beginning of a flag": (["good.jsonl", "--tok", "bytes"], "no flag --tok; did you mean '--tokenizer'?\n"),
+    "two misspelt flags": (["--zzz", "--worker", "2"], "no flag --zzz\nthere is no flag --worker; did you mean"),
+    "flag with a wrong value": (
+        ["good.jsonl", "--workers", "two"],
+        "argument --workers: invalid int value: 'two'; see",
+    ),
+    "two modes": (["--inspect", "a", "--verify", "b"], "--inspect and --verify exclude each other"),
+    "mode and output": (["--verify", "a", "--output", "out"], "--verify and --output exclude each other"),
+    "mode and input": (["--inspect", "a", "good.jsonl"], "--inspect and the input 'good.jsonl' exclude each other"),
+    "export and tokenizer": (
+        ["--export", "a", "--output", "out", "--tokenizer", "bytes"],
+        "--export and --tokenizer exclude each other",
+    ),
+    "deleting and preparing": (
+        ["--output", "out", "--dedup", "near", "--tokenizer", "bytes"],
+        "--dedup without an INPUT works on the dataset in --output as it is, and --tokenizer is about preparing one",
+    ),
+    "rehearsing to delete": (["--output", "out", "--dedup", "near", "--dry-run"], "and --dry-run is about preparing"),
+    "threshold of nothing": (
+        ["good.jsonl", "--output", "out", "--dedup", "exact", "--near-threshold", "0.7"],
+        "--near-threshold is of no use without --dedup near",
+    ),
     "dedup nothing": (["--output", "nowhere", "--dedup", "exact"], "no dataset folder nowhere"),
     "export nothing": (["--export", "nowhere", "--output", "out"], "no dataset folder nowhere"),
     "verify nothing": (["--verify", "nowhere"], "no dataset folder nowhere"),
@@ -153,7 +177,7 @@ def test_mistakes_are_one_message_and_exit_code_2(
     (tmp_path / "empty.txt").write_text("")
     monkeypatch.chdir(tmp_path)
     arguments, message = MISTAKES[name]
-    if "--tokenizer" not in arguments and "--output" in arguments:
+    if "--tokenizer" not in arguments and "--output" in arguments[1:]:  # after an input
         arguments = [*arguments, "--tokenizer", "bytes"]
     code, out, err = call(*arguments, capsys=capsys, monkeypatch=monkeypatch)
     assert code == 2, out

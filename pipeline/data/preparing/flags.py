@@ -7,19 +7,43 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from pipeline.data.preparing.request import Request
 from pipeline.data.reading.formats import TextRules
-from pipeline.errors import UserError
+from pipeline.errors import UserError, nearest
 
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\0": "\0"}
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+_LOOKING = ("--inspect", "--verify", "--export")
+"""Each is about a dataset that is there, and says which."""
+_DELETING = ("--dedup", "--contamination")
+_WITHOUT_INPUT = {*_DELETING, "--output", "--near-threshold", "--delete-contaminated", "--text-key", "--workers",
+                  "--executor"}  # fmt: skip
+"""What deletes from the dataset in --output; all other flags are about how INPUT is prepared."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes are told as everywhere else, not by a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Instead of printing and leaving."""
+        raise UserError(f"{message}; see --help")
+
+    def flags(self) -> list[str]:
+        """All that there are, in the order of --help."""
+        return [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
 
 
 def parse(arguments: list[str], *, description: str | None) -> argparse.Namespace:
-    """Parse the command line of the script that describes itself so."""
-    parser = argparse.ArgumentParser(
+    """Parse the command line of the script that describes itself so.
+
+    Raises `UserError` for flags that there are not, with the nearest that there is, and for those that exclude each
+    other.
+    """
+    parser = _Parser(
         prog="data_prep.py",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -32,7 +56,50 @@ def parse(arguments: list[str], *, description: str | None) -> argparse.Namespac
     _add_text_flags(parser)
     _add_work_flags(parser)
     _add_dataset_flags(parser)
-    return parser.parse_intermixed_args(arguments)
+    found, unknown = parser.parse_known_intermixed_args(arguments)
+    _refuse_unknown([argument for argument in unknown if argument.startswith("-")], parser.flags())
+    written = {argument.partition("=")[0] for argument in arguments}
+    _refuse_conflicts([flag for flag in parser.flags() if flag in written], found)
+    return found
+
+
+def _refuse_unknown(unknown: Sequence[str], flags: Sequence[str]) -> None:
+    """Errors: flags that there are not, all of them."""
+    faults = []
+    for argument in unknown:
+        word = argument.partition("=")[0]
+        begun = [flag for flag in flags if flag.startswith(word)]
+        hint = f"; did you mean {begun[0]!r}?" if len(begun) == 1 else nearest(word, flags)
+        faults.append(f"there is no flag {word}{hint}")
+    if faults:
+        raise UserError("\n".join(faults) + "\n  all flags: --help")
+
+
+def _refuse_conflicts(given: Sequence[str], found: argparse.Namespace) -> None:
+    """Errors: of the flags `given`, those that would be passed over for another one, or for want of it."""
+    looking = [flag for flag in _LOOKING if flag in given]
+    if len(looking) > 1:
+        raise UserError(f"{' and '.join(looking)} exclude each other: give one")
+    if looking:
+        (mode,) = looking
+        rest = [flag for flag in given if flag != mode and (mode, flag) != ("--export", "--output")]
+        rest += [f"the input {name!r}" for name in found.inputs]
+        if rest:
+            alone = "nothing but --output OUT" if mode == "--export" else "no other flag"
+            raise UserError(
+                f"{mode} and {rest[0]} exclude each other: {mode} DIR is about a dataset that is there and takes "
+                f"{alone}; leave one of them out"
+            )
+        return
+    deleting = [flag for flag in _DELETING if flag in given]
+    preparing = [flag for flag in given if flag not in _WITHOUT_INPUT]
+    if deleting and preparing and not found.inputs:
+        raise UserError(
+            f"{deleting[0]} without an INPUT works on the dataset in --output as it is, and {preparing[0]} is about "
+            f"preparing one: name the INPUT, or leave {preparing[0]} out"
+        )
+    if "--near-threshold" in given and found.dedup != "near":
+        raise UserError("--near-threshold is of no use without --dedup near: add that, or leave it out")
 
 
 def _add_text_flags(parser: argparse.ArgumentParser) -> None:
