@@ -73,7 +73,7 @@ def train(
     stop = StopSignal()
     for step, batch in zip(range(state.step + 1, last + 1), batches, strict=False):
         result = trainer.step(batch, step=step, lr=learning_rate(step, config))
-        state = state.after(targets=result.targets)
+        state = state.after(targets=result.targets, loss=result.loss)
         meter.count(tokens=result.targets, seconds=result.seconds, waited=batches.wait_seconds)
         if step % config.log.every == 0 or step == last:
             run.log_step(state, result, meter=meter)

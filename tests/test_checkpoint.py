@@ -224,7 +224,7 @@ def test_the_rows_of_every_step_survive_other_batch_sizes() -> None:
         for ramp in [Ramp((), 9), ramps[step]] if step in ramps else [state.batches[-1].ramp]:
             state = state.continued((source("d"),), ramp)
         taken.append(state.rows_of(step + 1))
-        state = TrainState.model_validate_json(state.after(targets=1).model_dump_json())
+        state = TrainState.model_validate_json(state.after(targets=1, loss=2.5).model_dump_json())
     assert [rows for _, rows in taken] == [4] * 5 + [2, 3] + [1] * 5
     firsts = [sum(rows for _, rows in taken[:n]) for n in range(12)]
     assert [first for first, _ in taken] == firsts
@@ -235,7 +235,7 @@ def test_the_rows_of_every_step_survive_other_batch_sizes() -> None:
 def test_a_phase_begins_where_shares_change_and_nowhere_else() -> None:
     state = state_at(0).continued((source("a", weight=0.7), source("b", weight=0.3)), Ramp((), 4))
     assert len(state.phases) == 1, "nothing was read in the first one"
-    state = state.after(targets=1)
+    state = state.after(targets=1, loss=2.5)
     scaled = (source("b", weight=3), source("a", weight=7))  # the same shares
     assert state.continued(scaled, Ramp((), 4)).phases == (Phase(row=0, sources=scaled),)
     other = (source("a", weight=0.5), source("b", weight=0.5))

@@ -7,11 +7,13 @@ if it had never stopped.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.data.loading.blend import Phase, PhaseSource, continued
 from pipeline.ramp import Ramp
+from pipeline.train.spikes import WINDOW
 
 FORMAT = 3
 
@@ -71,12 +73,24 @@ class TrainState(BaseModel):
         """First row and number of rows of any step, one of the past or one to come."""
         return rows_of_step(self.batches, step)
 
-    def after(self, *, targets: int) -> TrainState:
-        """The state one update later, which had so many targets."""
+    def after(self, *, targets: int, loss: float, skipped: bool = False) -> TrainState:
+        """The state one step later, of so many targets and that loss; `skipped`: its update was not applied."""
         first, rows = self.rows_of(self.step + 1)
         assert first == self.rows, f"step {self.step + 1} begins at row {first}, got as far as {self.rows}"
-        changed = {"step": self.step + 1, "rows": first + rows, "tokens": self.tokens + targets}
+        changed: dict[str, Any] = {"step": self.step + 1, "rows": first + rows}
+        if skipped:
+            changed["skipped"] = (*self.skipped, self.step + 1)
+        else:
+            changed["tokens"] = self.tokens + targets
+            changed["recent_losses"] = (*self.recent_losses, loss)[-WINDOW:]
         return self.model_copy(update=changed)
+
+    def rolled_back(self, to: TrainState) -> TrainState:
+        """The state `to`, an earlier one, from which the run goes on with the rows that come after those of this one."""
+        batches = (*(sizes for sizes in self.batches if sizes.after < to.step),)
+        batches += (BatchSizes(after=to.step, row=self.rows, ramp=self.batches[-1].ramp),)
+        rollbacks = (*self.rollbacks, Rollback(spike=self.step, to=to.step))
+        return to.model_copy(update={"rows": self.rows, "batches": batches, "rollbacks": rollbacks})
 
     def continued(self, sources: tuple[PhaseSource, ...], ramp: Ramp) -> TrainState:
         """The state from which a run goes on with these datasets and sizes of batches, perhaps new ones."""
