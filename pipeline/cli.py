@@ -6,12 +6,13 @@ fault of the file and the flags together. Nothing else is read: no environment, 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import reduce
 from operator import or_
 from pathlib import Path
 from types import GenericAlias, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import tyro
 import yaml
@@ -21,7 +22,32 @@ from pipeline.config import Config
 from pipeline.errors import UserError, nearest
 from pipeline.section import FIELDS_ONLY, Section
 
+Mode = Literal["train", "dry-run", "evaluate"]
+MODES: dict[str, Mode] = {"--dry-run": "dry-run", "--eval-only": "evaluate"}
+QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+
 _YAML_WORDS = {"true": "True", "false": "False", "null": "None"}
+_LISTS = (
+    "Lists of sections are given in the file: data.sources, [{path: ..., weight: ...}, ...], "
+    "and train.batch_ramp, [{steps: ..., batch_tokens: ...}, ...]; --data.sources.0.weight 0.5 changes one of them."
+)
+_MODES = (
+    "--dry-run says what the run would take (parameters, memory, disk, time) and writes nothing; "
+    "--eval-only evaluates the newest checkpoint of the run and writes nothing."
+)
+
+
+def read_command(arguments: Sequence[str]) -> tuple[Config, Mode]:
+    """pretrain.py's command line: the config it names (none: the quickstart's) under its flags, and what to do."""
+    modes = [flag for flag in arguments if flag in MODES]
+    if len(set(modes)) > 1:
+        raise UserError(f"{' and '.join(sorted(set(modes)))} exclude each other; give one of them")
+    rest = [argument for argument in arguments if argument not in MODES]
+    asks_for_help = {"-h", "--help"} & set(rest)
+    if not asks_for_help and (not rest or rest[0].startswith("-")):
+        print(f"no config is named: taking {QUICKSTART}", file=sys.stderr)
+        rest.insert(0, str(QUICKSTART))
+    return load_config(rest), MODES[modes[0]] if modes else "train"
 
 
 def load_config(arguments: Sequence[str], *, program: str = "pretrain.py") -> Config:
@@ -43,7 +69,7 @@ def load_config(arguments: Sequence[str], *, program: str = "pretrain.py") -> Co
         args=[_YAML_WORDS.get(flag, flag) for flag in flags],
         default=_with_values(twin, values),
         prog=program,
-        description=f"{Config.__doc__} Usage: {usage}",
+        description=f"{Config.__doc__} Usage: {usage}. {_LISTS} {_MODES}",
         config=(tyro.conf.FlagConversionOff,),
     )
     return _check(merged.model_dump(), origin="settings" if flags or not path else str(path))

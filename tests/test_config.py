@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from pipeline.cli import load_config
+from pipeline.cli import load_config, read_command
 from pipeline.config import Config, ModelConfig, RampStage, resolved
 from pipeline.config_data import SourceConfig
 from pipeline.errors import UserError
@@ -167,6 +167,17 @@ def test_resolved_settings_load_again(tmp_path: Path) -> None:
         path = tmp_path / "again.yaml"
         path.write_text(yaml.safe_dump(resolved(config)))
         assert load_config([str(path)]) == config
+
+
+def test_a_command_names_a_config_or_takes_the_quickstarts(capsys: pytest.CaptureFixture[str]) -> None:
+    config, mode = read_command([])
+    assert (config, mode) == (load_config([str(ROOT / "configs" / "quickstart.yaml")]), "train")
+    assert "no config is named: taking" in capsys.readouterr().err
+    config, mode = read_command(["--dry-run", str(ROOT / "configs" / "gpt_124m.yaml"), "--train.micro-batch", "4"])
+    assert (config.run_dir, config.train.micro_batch, mode) == ("runs/gpt_124m", 4, "dry-run")
+    assert read_command([str(ROOT / "configs" / "gpt_124m.yaml"), "--eval-only"])[1] == "evaluate"
+    with pytest.raises(UserError, match="--dry-run and --eval-only exclude each other"):
+        read_command(["--eval-only", "--dry-run"])
 
 
 def test_lists_of_sections_are_checked_and_overridden_like_others(tmp_path: Path) -> None:

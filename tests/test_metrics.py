@@ -10,6 +10,7 @@ import torch
 
 from pipeline.config import Config
 from pipeline.errors import UserError
+from pipeline.ramp import Ramp
 from pipeline.train.curves import draw_curves
 from pipeline.train.metrics import PEAK_TFLOPS, ConsoleLine, Meter, Record, device_peak_flops, read_record
 from pipeline.train.runtime import Runtime, SteadyConsole, Trackers
@@ -82,7 +83,9 @@ def test_no_entry_of_the_peak_table_hides_a_later_one() -> None:
 
 def test_console_line_shows_what_is_known(capsys: pytest.CaptureFixture[str]) -> None:
     line: dict[str, Any] = {"step": 20, "loss": 2.5, "lr": 1e-3, "grad_norm": 0.5}
-    console = ConsoleLine(SteadyConsole(highlight=False, soft_wrap=True), total_steps=120)
+    # an hour is left: 40 steps of a smaller batch, then 60 of the full one
+    ramp = Ramp(stages=((60, 100_000),), full=674_069)
+    console = ConsoleLine(SteadyConsole(highlight=False, soft_wrap=True), total_steps=120, ramp=ramp)
     console.show({**line, "tokens_per_second": 12345.6, "step_seconds": 36.0, "data_wait_seconds": 3.6, "mfu": 0.434})
     console.show({"step": 20, "val_loss": 2.25, "val_bits_per_byte": 1.125})
     console.show({**line, "tokens_per_second": 12345.6, "step_seconds": 36.0, "data_wait_seconds": 3.6})

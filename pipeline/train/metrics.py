@@ -20,6 +20,7 @@ from rich.markup import escape
 
 from pipeline.errors import UserError
 from pipeline.files import write_durably
+from pipeline.ramp import Ramp
 
 # Dense bf16 (fp16) peak in TFLOP/s, from the vendors' data sheets; sparsity figures are twice these.
 # A name counts where it stands as whole words; laptop chips and slices of a GPU (MIG) have other figures.
@@ -142,9 +143,10 @@ def read_record(path: Path) -> list[dict[str, Any]]:
 class ConsoleLine:
     """One line per logged step, for people."""
 
-    def __init__(self, console: Console, *, total_steps: int) -> None:
+    def __init__(self, console: Console, *, total_steps: int, ramp: Ramp) -> None:
         self.console = console
         self.total_steps = total_steps
+        self.ramp = ramp
         self._warned = False
 
     def show(self, line: dict[str, Any]) -> None:
@@ -169,7 +171,8 @@ class ConsoleLine:
     def _rates(self, line: dict[str, Any]) -> list[str]:
         if "tokens_per_second" not in line:
             return []
-        left = (self.total_steps - line["step"]) * line["step_seconds"]
+        tokens_left = self.ramp.before(self.total_steps + 1) - self.ramp.before(line["step"] + 1)
+        left = tokens_left / line["tokens_per_second"]
         parts = [f"{line['tokens_per_second']:,.0f} tokens/s", f"ETA {_duration(left)}"]
         if "mfu" in line:
             parts.append(f"MFU {line['mfu']:.1%}")

@@ -54,7 +54,7 @@ class Run:
         tokenizer = data.tokenizer_json
         self.store = CheckpointStore(self.folder / "checkpoints", config, tokenizer_json=tokenizer, runtime=runtime)
         self.record = Record(self.folder / "metrics.jsonl")
-        self.console = ConsoleLine(runtime.console, total_steps=config.total_steps)
+        self.console = ConsoleLine(runtime.console, total_steps=config.total_steps, ramp=config.ramp)
         self.trackers: Trackers | None = None
         self._held = ExitStack()
         self._drawn = time.perf_counter()

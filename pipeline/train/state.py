@@ -86,7 +86,7 @@ class TrainState(BaseModel):
         return self.model_copy(update=changed)
 
     def rolled_back(self, to: TrainState) -> TrainState:
-        """The state `to`, an earlier one, from which the run goes on with the rows that come after those of this one."""
+        """The state `to`, an earlier one, from which the run goes on with the rows after those of this one."""
         batches = (*(sizes for sizes in self.batches if sizes.after < to.step),)
         batches += (BatchSizes(after=to.step, row=self.rows, ramp=self.batches[-1].ramp),)
         rollbacks = (*self.rollbacks, Rollback(spike=self.step, to=to.step))
