@@ -28,9 +28,9 @@ class StoppedEarly(Exception):  # noqa: N818 - not an error
     """The run was asked to stop and saved its state; the message says how to go on."""
 
 
-def nearest(word: str, candidates: Iterable[str]) -> str:
-    """`"; did you mean X?"` for the closest candidate, or an empty string."""
-    matches = get_close_matches(word, list(candidates), n=1, cutoff=0.5)
+def nearest(word: str, candidates: Iterable[str], *, cutoff: float = 0.5) -> str:
+    """`"; did you mean X?"` for the closest candidate, or an empty string; `cutoff`: how alike it is, 1 being equal."""
+    matches = get_close_matches(word, list(candidates), n=1, cutoff=cutoff)
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 

@@ -20,6 +20,17 @@ from pipeline.files import fsync_folder, write_durably
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
+_BEGUN = ("ledger*.jsonl", "train-*.bin")
+_CHECKPOINT_MARK = "state.json"
+_SAMPLE = "python sample.py {} writes text with it"
+_OTHERS = (
+    ({_CHECKPOINT_MARK, "config.yaml"}, f"a checkpoint of pretrain.py: {_SAMPLE}"),
+    ({_CHECKPOINT_MARK, "dataset_info.json"}, "text of save_to_disk: python data_prep.py {} --output DIR prepares it"),
+    ({"config.yaml", "environment.json"}, f"a run folder of pretrain.py: config.yaml names its datasets, {_SAMPLE}"),
+    ({"config.json", "model.safetensors"}, f"a Hugging Face model: {_SAMPLE}"),
+    ({"train.bin"}, "data of another tool: pretrain.py trains on it if data.tokenizer names what made it"),
+)
+"""Folders that are taken for datasets, by names in them; what they are."""
 BitmapKind = Literal["keep", "duplicates", "contaminated"]
 SplitName = Literal["train", "val"]
 SPLITS: tuple[SplitName, ...] = ("train", "val")
@@ -160,14 +171,12 @@ def _kept(shard: ShardInfo) -> str | None:
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a dataset.
 
-    Raises `UserError` for a missing folder, an unfinished dataset, another format version or a damaged file.
+    Raises `UserError` for a missing folder, something else than a dataset, an unfinished one, another format version
+    or a damaged file.
     """
     path = folder / MANIFEST_NAME
-    if not folder.is_dir():
-        names = sorted(p.name for p in folder.parent.iterdir()) if folder.parent.is_dir() else []
-        raise UserError(f"no dataset folder {folder}{nearest(folder.name, names)}")
-    if not path.exists():
-        raise UserError(f"{folder} is not complete: it has no {MANIFEST_NAME}; run data_prep.py again to finish it")
+    if not path.exists() or (folder / _CHECKPOINT_MARK).exists():  # checkpoints have a manifest of their own
+        raise _no_dataset(folder)
     try:
         values = json.loads(path.read_bytes())
         version = values["format_version"]
@@ -186,6 +195,44 @@ def read_manifest(folder: Path) -> Manifest:
         fault = error.errors()[0]
         where = ".".join(str(part) for part in fault["loc"])
         raise DamagedManifestError(f"{path} is damaged at {where!r}: {fault['msg']}; run data_prep.py again") from None
+
+
+def is_dataset(folder: Path) -> bool:
+    """Whether a folder is a dataset of this program, finished or not, by the files in it."""
+    if not (folder / TOKENIZER_NAME).is_file() or (folder / _CHECKPOINT_MARK).exists():
+        return False
+    return (folder / MANIFEST_NAME).is_file() or _is_begun(folder)
+
+
+def _is_begun(folder: Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in _BEGUN)
+
+
+def _no_dataset(path: Path) -> UserError:
+    """What is there instead of a complete dataset, and what is to be done with it."""
+    if path.is_file():
+        if (path.parent / MANIFEST_NAME).exists():
+            return UserError(f"{path} is one file of a dataset; name its folder, {path.parent}")
+        return UserError(
+            f"{path} is a file, wanted the folder of a dataset: python data_prep.py {path} --output DIR makes one of it"
+        )
+    if not path.is_dir():
+        beside = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
+        hint = nearest(path.name, [one.name for one in beside if is_dataset(one)], cutoff=0.7)
+        return UserError(f"no dataset folder {path}{hint}")
+    names = {entry.name for entry in path.iterdir()}
+    for marks, what in _OTHERS:
+        if marks <= names:
+            return UserError(f"{path} is {what.format(path)}; wanted the folder of a dataset of data_prep.py")
+    if _is_begun(path):
+        return UserError(
+            f"{path} is not complete: it has no {MANIFEST_NAME}; run the command of data_prep.py that began it again "
+            "to finish it"
+        )
+    return UserError(
+        f"{path} is no dataset: it has neither a {MANIFEST_NAME} nor shards; wanted the folder of a dataset of "
+        "data_prep.py"
+    )
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -139,7 +139,7 @@ MISTAKES = {
     "two misspelt flags": (["--zzz", "--worker", "2"], "no flag --zzz\nthere is no flag --worker; did you mean"),
     "flag with a wrong value": (
         ["good.jsonl", "--workers", "two"],
-        "argument --workers: invalid int value: 'two'; see",
+        "argument --workers: invalid int value: 'two'",
     ),
     "two modes": (["--inspect", "a", "--verify", "b"], "--inspect and --verify exclude each other"),
     "mode and output": (["--verify", "a", "--output", "out"], "--verify and --output exclude each other"),
@@ -160,7 +160,8 @@ MISTAKES = {
     "dedup nothing": (["--output", "nowhere", "--dedup", "exact"], "no dataset folder nowhere"),
     "export nothing": (["--export", "nowhere", "--output", "out"], "no dataset folder nowhere"),
     "verify nothing": (["--verify", "nowhere"], "no dataset folder nowhere"),
-    "inspect unfinished": (["--inspect", "."], "is not complete: it has no manifest.json"),
+    "inspect anything": (["--inspect", "."], ". is no dataset: it has neither a manifest.json nor shards"),
+    "verify a file": (["--verify", "good.jsonl"], "good.jsonl is a file, wanted the folder of a dataset: python"),
 }
 
 
@@ -177,7 +178,7 @@ def test_mistakes_are_one_message_and_exit_code_2(
     (tmp_path / "empty.txt").write_text("")
     monkeypatch.chdir(tmp_path)
     arguments, message = MISTAKES[name]
-    if "--tokenizer" not in arguments and "--output" in arguments[1:]:  # after an input
+    if arguments and arguments[0][0] != "-" and "--output" in arguments and "--tokenizer" not in arguments:
         arguments = [*arguments, "--tokenizer", "bytes"]
     code, out, err = call(*arguments, capsys=capsys, monkeypatch=monkeypatch)
     assert code == 2, out
