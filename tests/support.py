@@ -9,14 +9,17 @@ import multiprocessing
 import os
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import matplotlib.backends.backend_agg  # noqa: F401 - imported by draw_curves, here once for all forks
+import psutil
 import torch
 import torch._dynamo  # imported by the first optimizer, likewise
 import yaml
 from rich.console import Console
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import pretrain
 from pipeline.data.preparing.prepare import prepare
@@ -90,6 +93,64 @@ def start_pretrain(config: Path, output: Path) -> Any:
     return process
 
 
+def run_ranks(
+    ranks: int, config: Path, *flags: str, output: Path, max_restarts: int = 0, before: Callable[[], None] | None = None
+) -> tuple[int, str]:
+    """Run pretrain.py on several gloo ranks under torchrun's agent; return the exit code and what was printed."""
+    process = start_ranks(ranks, config, *flags, output=output, max_restarts=max_restarts, before=before)
+    process.join(240)
+    if process.is_alive():
+        end_tree(process.pid)
+    process.join()
+    return process.exitcode if process.exitcode is not None else -1, output.read_text()
+
+
+def start_ranks(
+    ranks: int, config: Path, *flags: str, output: Path, max_restarts: int = 0, before: Callable[[], None] | None = None
+) -> Any:
+    """Start torchrun's agent in a fresh process; it and its ranks print into `output`. The caller ends it.
+
+    The agent is torchrun's own, but its ranks are forked instead of started anew, which takes a second and not ten.
+    before: called in each rank before anything else, to put faults in place.
+    """
+    process = FORKS.Process(target=_agent, args=(ranks, [str(config), *flags], str(output), max_restarts, before))
+    process.start()
+    return process
+
+
+def end_tree(pid: int) -> None:
+    """Kill a process and all that it started."""
+    try:
+        root = psutil.Process(pid)
+        family = [*root.children(recursive=True), root]
+    except psutil.NoSuchProcess:
+        return
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _agent(ranks: int, arguments: list[str], output: str, max_restarts: int, before: Callable[[], None] | None) -> None:
+    _print_into(output)
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=ranks, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+        run_id="test", start_method="fork", max_restarts=max_restarts, monitor_interval=0.1,
+    )  # fmt: skip
+    elastic_launch(config, _rank)(arguments, before)
+
+
+def _rank(arguments: list[str], before: Callable[[], None] | None) -> None:
+    if before is not None:
+        before()
+    _main(arguments)
+
+
+def _print_into(output: str) -> None:
+    with Path(output).open("a", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+
+
 def _pretrain(arguments: list[str], sender: Any) -> None:
     printed = io.StringIO()
     try:
@@ -100,10 +161,8 @@ def _pretrain(arguments: list[str], sender: Any) -> None:
 
 
 def _pretrain_into(arguments: list[str], output: str) -> None:
-    with Path(output).open("a", encoding="utf-8") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        _main(arguments)
+    _print_into(output)
+    _main(arguments)
 
 
 def _main(arguments: list[str]) -> None:
