@@ -34,6 +34,11 @@ def nearest(word: str, candidates: Iterable[str], *, cutoff: float = 0.5) -> str
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 file`, `2 files`, `3,000 files`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a script's `main` and turn the user's mistakes into exit codes instead of tracebacks."""
     try:

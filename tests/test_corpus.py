@@ -20,6 +20,7 @@ from pipeline.data.reading.corpus import check_text_key, find_corpus
 from pipeline.data.reading.formats import TEXT_CHUNK_BYTES, Document, Rejected, TextRules
 from pipeline.data.reading.plan import plan_units
 from pipeline.errors import UserError
+from tests.prepared import write_dataset
 from tests.reading import faults_of, read, texts_of
 
 TEXTS = [f"document {i}\r\nline of {'x' * (i % 7)} é日本😀\n" for i in range(50)]
@@ -375,7 +376,7 @@ def test_a_link_to_a_folder_is_told_and_read_where_it_is_named(tmp_path: Path) -
     link.symlink_to(tmp_path / "real")
     corpus = find_corpus([str(tmp_path / "tree")])
     assert [Path(source.name).name for source in corpus.sources] == ["b.txt"]
-    assert corpus.notes == (f"skipped 1 links to folders ({link}); name a folder itself to read it",)
+    assert corpus.notes == (f"skipped 1 link to folders ({link}); name a folder itself to read it",)
     assert texts_of(read(tmp_path / "tree", link)) == ["real/a.txt", "tree/b.txt"]
     (tmp_path / "tree" / "b.txt").unlink()
     with pytest.raises(UserError, match=r"nothing to read \(links to folders\)"):
@@ -422,3 +423,21 @@ def test_a_name_that_cannot_be_recorded_is_refused(tmp_path: Path) -> None:
         find_corpus([str(tmp_path)])
     path.rename(tmp_path / "日本 café.txt")
     assert texts_of(read(tmp_path)) == ["text"]
+
+
+def test_a_dataset_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS))
+    made = write_dataset(tmp_path / "made", {"train": [["one"]]})
+    (made / "ledger.jsonl").write_bytes(json_lines(TEXTS))
+    note = f"skipped 1 dataset of data_prep.py ({made})"
+    for name in (tmp_path, tmp_path / "*", tmp_path / "**" / "*.jsonl"):
+        corpus = find_corpus([str(name)])
+        assert [source.name for source in corpus.sources] == [str(tmp_path / "a.jsonl")]
+        assert corpus.notes == (note,)
+    for name in (made, made / "*.jsonl"):
+        with pytest.raises(
+            UserError, match=r"made is a dataset that data_prep\.py made, no text to prepare: --inspect"
+        ):
+            find_corpus([str(name), str(tmp_path / "a.jsonl")])
+    named = find_corpus([str(made / "ledger.jsonl")])
+    assert (len(named.sources), named.notes) == (1, ()), "a file that is named is meant"

@@ -17,12 +17,13 @@ from pathlib import Path, PurePath, PurePosixPath
 from stat import S_ISREG
 from typing import NamedTuple
 
+from pipeline.data.manifest import is_dataset
 from pipeline.data.reading.bytestream import BLOCK_BYTES, Compression, open_stream
 from pipeline.data.reading.formats import Document, Kind, Record, Source, TextRules, missing_key
 from pipeline.data.reading.hub import hub_files, load_saved
 from pipeline.data.reading.plan import Unit
 from pipeline.data.reading.readers import keys_of, read_piece
-from pipeline.errors import UserError, nearest
+from pipeline.errors import UserError, counted, nearest
 
 _KINDS: dict[str, Kind] = {
     ".txt": "text",
@@ -137,16 +138,21 @@ class _Search:
         self._notes: set[str] = set()
         self._skipped: set[Path] = set()
         self._links: set[Path] = set()
+        self._prepared: set[Path] = set()
 
     def notes(self) -> tuple[str, ...]:
         notes = self._notes
         if self._skipped:
             suffixes = ", ".join(sorted({path.suffix or "no suffix" for path in self._skipped})[:8])
             remedy = "name a file itself to read it as text"
-            notes = notes | {f"skipped {len(self._skipped)} files of other kinds ({suffixes}); {remedy}"}
+            notes = notes | {f"skipped {counted(len(self._skipped), 'file')} of other kinds ({suffixes}); {remedy}"}
         if self._links:
             names = ", ".join(sorted(map(str, self._links))[:8])
-            notes = notes | {f"skipped {len(self._links)} links to folders ({names}); name a folder itself to read it"}
+            links = counted(len(self._links), "link")
+            notes = notes | {f"skipped {links} to folders ({names}); name a folder itself to read it"}
+        if self._prepared:
+            names = ", ".join(sorted(map(str, self._prepared))[:8])
+            notes = notes | {f"skipped {counted(len(self._prepared), 'dataset')} of data_prep.py ({names})"}
         return tuple(sorted(notes))
 
     def sources(self, inputs: Sequence[str], exclude: Sequence[str]) -> dict[Path, Source]:
@@ -175,13 +181,27 @@ class _Search:
             yield from found
             return
         try:
-            for path in _expand(text, self._output):
+            for path in self._unprepared(_expand(text, self._output), is_pattern=glob.has_magic(text)):
                 if not path.is_dir() or _is_saved_dataset(path):
                     yield str(path), path
                 else:
                     yield from ((str(file), file) for file in self._files_below(path.resolve()))
         except OSError as error:
             raise UserError(f"cannot read {error.filename or text}: {error.strerror or error}") from None
+
+    def _unprepared(self, paths: list[Path], *, is_pattern: bool) -> list[Path]:
+        """What is no part of a dataset: a pattern finds such by the way, whoever names one means something else."""
+        folders = {path.parent for path in paths} if is_pattern else set[Path]()
+        prepared = {folder for folder in folders.union(paths) if is_dataset(folder)}
+        rest = [path for path in paths if not prepared & {path, path.parent}]
+        if prepared and not rest:
+            first = min(prepared)
+            raise UserError(
+                f"{first} is a dataset that data_prep.py made, no text to prepare: --inspect {first} shows it, "
+                f"--output {first} --dedup near deletes copies from it, pretrain.py --data.path {first} trains on it"
+            )
+        self._prepared |= prepared
+        return rest
 
     def _files_below(self, folder: Path) -> list[Path]:
         """Files of known kinds below a folder; hidden ones are ignored, others and links to folders are noted."""
@@ -190,6 +210,8 @@ class _Search:
         for parent, folders, names in os.walk(folder, onerror=_refuse):
             below = [Path(parent, name) for name in sorted(folders) if not name.startswith(".")]
             below = [path for path in below if path != self._output]
+            self._prepared.update(path for path in below if is_dataset(path))
+            below = [path for path in below if path not in self._prepared]
             self._links.update(path for path in below if path.is_symlink())  # os.walk does not follow them
             folders[:] = [path.name for path in below]
             for path in (Path(parent, name) for name in sorted(names) if not name.startswith(".")):
