@@ -294,6 +294,45 @@ def test_initial_weights_follow_the_table_and_the_name_alone() -> None:
     assert not torch.equal(small.embedding.tokens.weight, wide.embedding.tokens.weight)
 
 
+def test_initial_rows_can_be_drawn_in_any_parts_and_do_not_ask_how_many_there_are() -> None:
+    config = ModelConfig(n_layers=1, n_heads=2, d_model=600, context_length=8)  # blocks of 109 rows
+    whole, longer = (build_model(config, n_tokens=rows) for rows in (300, 1000))
+    initialise(whole, seed=1)
+    initialise(longer, seed=1)
+    embeddings = whole.embedding.tokens.weight
+    assert torch.equal(embeddings, longer.embedding.tokens.weight[: len(embeddings)])
+    assert not torch.equal(embeddings[:100], embeddings[109:209])
+    for parts in (3, 7):
+        for part in range(parts):
+            model = build_model(config, n_tokens=300)
+
+            def held(parameter: torch.Tensor, part: int = part, parts: int = parts) -> tuple[torch.Tensor, range]:
+                size = -(-len(parameter) // parts)
+                rows = range(len(parameter))[part * size : (part + 1) * size]
+                parameter.fill_(math.nan)
+                return parameter[rows.start : rows.stop], rows
+
+            initialise(model, seed=1, held=held)
+            for (name, found), expected in zip(model.named_parameters(), whole.parameters(), strict=True):
+                here = ~found.isnan()
+                assert torch.equal(found[here], expected[here]), name
+                size = -(-len(found) // parts)
+                assert here[part * size : (part + 1) * size].all()
+
+
+def test_a_model_in_float64_rounds_nothing_to_float32() -> None:
+    """Its loss and gradient, with a step small enough, against the difference quotient."""
+    model = make(logit_soft_cap=5.0).double()
+    batch = tokens()
+    loss = model(batch, labels=batch)
+    loss.backward()
+    weight, direction = model.stack.blocks[0].mlp.up.weight, torch.randn(128, 32, dtype=torch.float64)
+    with torch.no_grad():
+        losses = [model(batch, labels=batch) for step in (1e-6, -2e-6) if weight.add_(direction * step) is not None]
+    assert loss.dtype == torch.float64
+    assert ((losses[0] - losses[1]) / 2e-6).item() == pytest.approx((weight.grad * direction).sum().item(), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     "settings", [{}, {"mlp": "swiglu", "n_kv_heads": 2, "d_ff": 96, "tie_embeddings": False}], ids=str
 )

@@ -87,6 +87,21 @@ class Rotation:
         return (x * self.cos + torch.cat((-second, first), dim=-1) * self.sin).to(x.dtype)
 
 
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's part of a `KVCache`. keys, values: (B, G, S, D), S = capacity."""
+
+    keys: Tensor
+    values: Tensor
+
+    def extend(self, *, keys: Tensor, values: Tensor, positions: Tensor, visible: int) -> tuple[Tensor, Tensor]:
+        """Store (B, G, T, D) at `positions` (B or 1, T); return the first `visible` = K positions, (B, G, K, D)."""
+        rows = torch.arange(len(keys), device=keys.device)[:, None]  # (B, 1), pairs with (B or 1, T)
+        for store, new in ((self.keys, keys), (self.values, values)):
+            store.transpose(1, 2)[rows, positions] = new.transpose(1, 2).to(store.dtype)  # (B, T, G, D)
+        return self.keys[:, :, :visible], self.values[:, :, :visible]
+
+
 class KVCache:
     """Keys and values of the tokens seen so far, so that each new token costs one step, not a whole pass.
 
@@ -101,28 +116,23 @@ class KVCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
-    def extend(
-        self, layer: int, *, keys: Tensor, values: Tensor, positions: Tensor, visible: int
-    ) -> tuple[Tensor, Tensor]:
-        """Store (B, G, T, D) at `positions` (B or 1, T); return the first `visible` = K positions, (B, G, K, D)."""
-        rows = torch.arange(len(keys), device=keys.device)[:, None]  # (B, 1), pairs with (B or 1, T)
-        for store, new in ((self.keys[layer], keys), (self.values[layer], values)):
-            store.transpose(1, 2)[rows, positions] = new.transpose(1, 2).to(store.dtype)  # (B, T, G, D)
-        return self.keys[layer, :, :, :visible], self.values[layer, :, :, :visible]
+    def layer(self, number: int) -> LayerCache:
+        """What layer `number` reads and writes; views, not copies."""
+        return LayerCache(keys=self.keys[number], values=self.values[number])
 
 
 @dataclass(frozen=True)
 class Sight:
-    """What a pass through the blocks may look at; made once per pass by the stack and shared by its layers.
+    """What one layer may look at; made by the stack, so that all layers of one window run the same compiled code.
 
-    masks: for each distinct window a boolean (B or 1, 1, T, K), true where attention is allowed; None means
-    plain causal attention, for which kernels need no mask.
+    mask: a boolean (B or 1, 1, T, K), true where attention is allowed; None means plain causal attention, for
+    which kernels need no mask.
     """
 
     positions: Tensor
     rotation: Rotation | None
-    masks: dict[int | None, Tensor | None]
-    cache: KVCache | None
+    mask: Tensor | None
+    cache: LayerCache | None
     visible: int
 
 
@@ -180,7 +190,7 @@ class Attention(nn.Module):
         self.query_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.key_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, sight: Sight, *, layer: int, window: int | None) -> Tensor:
+    def forward(self, x: Tensor, sight: Sight) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         q = self._split_heads(self.query(x))  # (B, H, T, D)
         k, v = (self._split_heads(part) for part in self.key_value(x).chunk(2, dim=-1))  # (B, G, T, D)
@@ -188,9 +198,8 @@ class Attention(nn.Module):
         if sight.rotation is not None:
             q, k = sight.rotation.apply(q), sight.rotation.apply(k)
         if sight.cache is not None:
-            k, v = sight.cache.extend(layer, keys=k, values=v, positions=sight.positions, visible=sight.visible)
-        mask = sight.masks[window]
-        y = attend(q, k, v, mask=mask, dropout=self.dropout if self.training else 0.0)
+            k, v = sight.cache.extend(keys=k, values=v, positions=sight.positions, visible=sight.visible)
+        y = attend(q, k, v, mask=sight.mask, dropout=self.dropout if self.training else 0.0)
         out: Tensor = self.out(y.transpose(1, 2).flatten(2))  # (B, H, T, D) -> (B, T, H, D) -> (B, T, C)
         return out
 

@@ -7,7 +7,7 @@ Letters as in layers.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from pipeline.config import ModelConfig
 from pipeline.model.layers import MLP, Attention, KVCache, Rotation, Sight, build_norm, causal_mask, sinusoid
 from pipeline.seeds import named_seed
 
+DRAWN_AT_ONCE = 1 << 16  # initial values: a stream costs about 10 us to start, as much as some thousand values
+
 
 class Block(nn.Module):
     """Attention mixes positions, then an MLP works on each; both add to the residual stream.
@@ -25,10 +27,8 @@ class Block(nn.Module):
     post-norm (arXiv:1706.03762):   norm(x + f(x))
     """
 
-    def __init__(self, config: ModelConfig, *, layer: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.layer = layer
-        self.window = config.windows[layer % len(config.windows)]
         self.pre_norm = config.norm_position == "pre"
         self.attention_norm = build_norm(config)
         self.attention = Attention(config)
@@ -47,8 +47,13 @@ class Block(nn.Module):
         return x
 
     def _attend(self, x: Tensor, sight: Sight) -> Tensor:
-        mixed: Tensor = self.attention(x, sight, layer=self.layer, window=self.window)
+        mixed: Tensor = self.attention(x, sight)
         return F.dropout(mixed, self.dropout.p, self.training)
+
+
+def windows_of(config: ModelConfig) -> list[int | None]:
+    """How far each layer looks back, in tokens; None: as far as the context."""
+    return [config.windows[layer % len(config.windows)] for layer in range(config.n_layers)]
 
 
 class Stack(nn.Module):
@@ -57,20 +62,23 @@ class Stack(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.blocks = nn.ModuleList(Block(config, layer=layer) for layer in range(config.n_layers))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.final_norm = build_norm(config) if config.norm_position == "pre" else nn.Identity()
 
     def forward(
         self, x: Tensor, *, positions: Tensor, documents: Tensor | None, cache: KVCache | None, visible: int
     ) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        sight = self._sight(positions, documents=documents, cache=cache, visible=visible)
-        for block in self.blocks:
+        sights = self._sights(positions, documents=documents, cache=cache, visible=visible)
+        for block, sight in zip(self.blocks, sights, strict=True):
             x = block(x, sight)
         x = self.final_norm(x)
         return x
 
-    def _sight(self, positions: Tensor, *, documents: Tensor | None, cache: KVCache | None, visible: int) -> Sight:
+    def _sights(
+        self, positions: Tensor, *, documents: Tensor | None, cache: KVCache | None, visible: int
+    ) -> list[Sight]:
+        """One for each layer; what layers have in common is computed once."""
         config = self.config
         rotation = None
         if config.position == "rotary":
@@ -82,7 +90,11 @@ class Stack(nn.Module):
         for window in set(config.windows):
             plain = cache is None and documents is None and (window is None or window >= visible)
             masks[window] = None if plain else causal_mask(places, keys, window=window, documents=documents)
-        return Sight(positions=positions, rotation=rotation, masks=masks, cache=cache, visible=visible)
+        caches = [cache.layer(layer) if cache is not None else None for layer in range(config.n_layers)]
+        return [
+            Sight(positions, rotation, mask=masks[window], cache=part, visible=visible)
+            for window, part in zip(windows_of(config), caches, strict=True)
+        ]
 
 
 class Embedding(nn.Module):
@@ -149,14 +161,26 @@ class Decoder(nn.Module):
         x = self.stack(x, positions=positions, documents=documents, cache=cache, visible=visible or time)
         if last is not None:
             x = x[torch.arange(rows, device=x.device), last].unsqueeze(1)  # (B, T, C) -> (B, 1, C)
+        return self.logits(x) if labels is None else self.nats(x, labels)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """What the stream says of the next token: (B, T, C) -> (B, T, V)."""
         weight = self.embedding.tokens.weight if self.head is None else self.head.weight
         logits = F.linear(x, weight)[..., : self.n_tokens]  # (B, T, rows) -> (B, T, V)
         if self.config.logit_soft_cap is not None:
-            logits = self.config.logit_soft_cap * torch.tanh(logits.float() / self.config.logit_soft_cap)
-        if labels is None:
-            return logits
-        # float32: a bf16 log-sum-exp over a large vocabulary would cost the loss its third digit
-        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+            logits = self.config.logit_soft_cap * torch.tanh(_exact(logits) / self.config.logit_soft_cap)
+        return logits
+
+    def nats(self, x: Tensor, labels: Tensor) -> Tensor:
+        """The summed cross-entropy of labels (B, T) given the stream (B, T, C)."""
+        # a bf16 log-sum-exp over a large vocabulary would cost the loss its third digit
+        logits = _exact(self.logits(x)).flatten(0, 1)  # (B, T, V) -> (B T, V)
+        return F.cross_entropy(logits, labels.flatten(), reduction="sum")
+
+
+def _exact(x: Tensor) -> Tensor:
+    """In float32 at least: float64 stays what it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def build_model(config: ModelConfig, *, n_tokens: int) -> Decoder:
@@ -165,9 +189,18 @@ def build_model(config: ModelConfig, *, n_tokens: int) -> Decoder:
     return families[config.family](config, n_tokens=n_tokens)
 
 
+Held = Callable[[Tensor], tuple[Tensor, range]]
+"""Of a parameter: the values that are here, to be written to, and which of its rows they are."""
+
+
+def all_rows(parameter: Tensor) -> tuple[Tensor, range]:
+    """`Held` of a model that is whole."""
+    return parameter, range(len(parameter))
+
+
 @torch.no_grad()
-def initialise(model: Decoder, *, seed: int) -> None:
-    """Give every parameter its initial value, drawn from a stream named after the parameter.
+def initialise(model: Decoder, *, seed: int, held: Held = all_rows) -> None:
+    """Give every parameter its initial value, drawn from streams named after the parameter and a block of its rows.
 
     | parameter                               | value                                |
     |-----------------------------------------|--------------------------------------|
@@ -177,18 +210,29 @@ def initialise(model: Decoder, *, seed: int) -> None:
     | into the residual stream, 2 per block)  | so that its variance does not grow   |
     | embeddings, head, all other matrices    | N(0, init_std)                       |
 
-    (Radford et al. 2019, section 2.3.) A value depends on seed, name and shape only, so that every layout of
-    a model over devices starts from the same weights.
+    (Radford et al. 2019, section 2.3.) A row's values depend on seed, name, number of columns and place alone. So every
+    layout of a model over devices starts from the same weights, and a device draws only the rows that it holds, but for
+    the rest of the first and last block.
     """
     config = model.config
     for name, parameter in model.named_parameters():
+        values, rows = held(parameter)
         if parameter.dim() == 1:
-            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+            values.fill_(1.0 if name.endswith("weight") else 0.0)
             continue
         into_stream = name.endswith(("attention.out.weight", "mlp.down.weight"))
         std = config.init_std / math.sqrt(2 * config.n_layers) if into_stream else config.init_std
-        stream = torch.Generator().manual_seed(named_seed(seed, "init", name))
-        parameter.copy_(torch.randn(parameter.shape, generator=stream) * std)
+        for part, drawn in _normal(rows, columns=parameter.shape[1], name=("init", name), seed=seed):
+            values[part.start - rows.start : part.stop - rows.start] = (drawn * std).to(values)
+
+
+def _normal(rows: range, *, columns: int, name: tuple[str, str], seed: int) -> Iterator[tuple[range, Tensor]]:
+    """Standard normal values (n, columns) of `rows`, in pieces; always drawn in float32 and in whole blocks."""
+    block = max(DRAWN_AT_ONCE // columns, 1)
+    for first in range(rows.start // block * block, rows.stop, block):
+        stream = torch.Generator().manual_seed(named_seed(seed, *name, first // block))
+        part = range(max(first, rows.start), min(first + block, rows.stop))
+        yield part, torch.randn(block, columns, generator=stream)[part.start - first : part.stop - first]
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -206,13 +250,9 @@ def flops_per_token(model: Decoder, *, context_length: int) -> int:
     config = model.config
     head = config.d_model * model.n_tokens
     matrices = sum(p.numel() for p in _matrices(model.stack))
-    keys = sum(min(block.window or context_length, context_length) for block in _blocks(model))
+    keys = sum(min(window or context_length, context_length) for window in windows_of(config))
     return 6 * (matrices + head) + 12 * config.d_model * keys
 
 
 def _matrices(module: nn.Module) -> Iterator[Tensor]:
     return (parameter for parameter in module.parameters() if parameter.dim() == 2)
-
-
-def _blocks(model: Decoder) -> Iterator[Block]:
-    return (block for block in model.stack.blocks if isinstance(block, Block))
