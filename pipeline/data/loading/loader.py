@@ -19,7 +19,7 @@ import torch
 
 from pipeline.config import Config
 from pipeline.data.loading.objectives import Batch, make_batch
-from pipeline.data.loading.rows import IGNORED, Origin, Plan, Rows
+from pipeline.data.loading.rows import IGNORED, Origin, Pack, Plan, Rows
 from pipeline.data.order import Indices, permute, share
 from pipeline.errors import UserError
 from pipeline.seeds import named_seed
@@ -63,18 +63,25 @@ class Shuffled:
 
 
 class Fixed:
-    """The rows of one plan as they stand, the last one padded: for validation."""
+    """The rows of one plan, always in the same order, the last one padded: for validation.
+
+    End to end they come as they stand. Packed rows are planned longest documents first, which would make the first few
+    of them no sample of the whole: they come in one shuffled order.
+    """
 
     def __init__(self, plan: Plan, *, name: str) -> None:
         self.plan, self.name = plan, name
 
     def read(self, rows: Indices, *, documents: bool) -> Rows:
         """As `RowSource.read`."""
-        return self.plan.read(rows, np.zeros_like(rows), documents=documents)
+        return self.plan.read(self._places(rows), np.zeros_like(rows), documents=documents)
 
     def describe(self, row: int) -> list[Origin]:
         """As `RowSource.describe`."""
-        return origins(self.plan, name=self.name, row=row, epoch=0)
+        return origins(self.plan, name=self.name, row=int(self._places(np.array([row]))[0]), epoch=0)
+
+    def _places(self, rows: Indices) -> Indices:
+        return permute(rows, n=self.plan.all_rows, key=0) if isinstance(self.plan, Pack) else rows
 
 
 def origins(plan: Plan, *, name: str, row: int, epoch: int) -> list[Origin]:
