@@ -19,26 +19,19 @@ import torch
 import yaml
 
 from pipeline.config import Config, resolved
-from pipeline.config_data import Origin
 from pipeline.data.loading.blend import Phase
 from pipeline.data.loading.sources import TrainingData
 from pipeline.errors import UserError
 from pipeline.files import write_durably
 from pipeline.locks import locked
 from pipeline.model.transformer import Decoder
-from pipeline.train.checkpoint import CheckpointStore, read_config, read_state, restore
+from pipeline.train.changes import refuse_another_run
+from pipeline.train.checkpoint import CheckpointStore, restore
 from pipeline.train.curves import draw_curves
 from pipeline.train.metrics import ConsoleLine, Meter, Record, read_record
 from pipeline.train.runtime import Runtime, Trackers, environment
 from pipeline.train.state import BatchSizes, TrainState
 from pipeline.train.step import Evaluation, StepResult
-
-# Sections whose change makes it another run; what may change freely is the rest of the run's surroundings.
-FIXED = ("seed", "data", "model", "objective")
-FREE = ("run_dir", "parallel", "checkpoint", "eval", "log")
-FREE_KEYS = ("train.steps", "train.tokens", "train.device", "train.precision", "train.compile", "data.max_epochs")
-# A dataset is known by its digest, which covers all that is said of it, and may be moved; see `Run._data_changes`.
-BY_DIGEST = ("path", "sources", *Origin.model_fields)
 
 DRAW_SECONDS = 60.0  # curves.png is drawn with a checkpoint at most this often: a picture costs a third of a second
 
@@ -74,7 +67,8 @@ class Run:
         if newest is None:
             state = self._first_state(model)
         else:
-            self._refuse_another_run(newest)
+            precision = str(self.runtime.precision)
+            refuse_another_run(newest, self.config, self.data, precision=precision, say=self.runtime.say)
             state = restore(newest, model=model, optimizer=optimizer)
             state = state.continued(self.data.described(), self.config.ramp_of_rows)
             self.runtime.say(f"resuming from {newest}")
@@ -99,61 +93,6 @@ class Run:
             tokenizer_eos_id=self.data.eos_id,
             precision=str(self.runtime.precision),
         )
-
-    def _refuse_another_run(self, checkpoint: Path) -> None:
-        state = read_state(checkpoint)
-        was, now = state.tokenizer_fingerprint, self.data.tokenizer_fingerprint
-        if was != now:
-            raise UserError(
-                f"the tokenizer of {self.data.where} is not the one that {checkpoint} was trained with: "
-                f"checkpoint {was[:16]}, data {now[:16]}; restore the data or choose another --run-dir"
-            )
-        if state.tokenizer_eos_id != self.data.eos_id:
-            raise UserError(
-                f"documents of {self.data.where} end with id {self.data.eos_id}, {checkpoint} was trained on ones that "
-                f"end with {state.tokenizer_eos_id}; restore the data (or its eos) or choose another --run-dir"
-            )
-        changes = changed_settings(read_config(checkpoint), self.config, n_tokens=state.n_tokens)
-        changes |= self._data_changes(state.phases[-1], checkpoint)
-        precision = str(self.runtime.precision)
-        if state.precision != precision:  # the resolved one: "auto" may mean another on this machine
-            changes["train.precision"] = f"train.precision: {state.precision} -> {precision}"
-        another_run = [line for key, line in changes.items() if key.split(".")[0] in FIXED and key != "data.sources"]
-        if another_run:
-            raise UserError(
-                f"{checkpoint} belongs to another run; choose another --run-dir or restore these settings:\n  "
-                + "\n  ".join(another_run)
-            )
-        if changes and not self.config.checkpoint.allow_changes:
-            raise UserError(
-                f"settings differ from those of {checkpoint}; restore them, or go on with the new ones by "
-                "--checkpoint.allow-changes true (a schedule without a horizon of its own ends with train.steps):\n  "
-                + "\n  ".join(changes.values())
-            )
-        lengths = (self.config.train.tokens, self.config.optim.warmup_tokens, self.config.optim.horizon_tokens)
-        sizes = [changes[key] for key in ("train.batch_tokens", "train.batch_ramp") if key in changes]
-        if sizes and any(lengths):
-            raise UserError(
-                f"{'; '.join(sizes)}: lengths given in tokens are counted in steps of one course of batch sizes; "
-                "give train.steps, optim.warmup_steps and optim.horizon_steps instead"
-            )
-        for line in changes.values():
-            self.runtime.say(f"changed on resuming: {line}")
-
-    def _data_changes(self, before: Phase, checkpoint: Path) -> dict[str, str]:
-        """Other weights, and with `checkpoint.allow_changes` other datasets."""
-        now = Phase(row=0, sources=self.data.described())
-        if before.shares() == now.shares():
-            return {}
-        missing = {one.digest: f"{one.name} {one.digest[:16]}" for one in before.sources}
-        added = {one.digest: f"{one.name} {one.digest[:16]}" for one in now.sources}
-        if missing.keys() != added.keys() and not self.config.checkpoint.allow_changes:
-            raise UserError(
-                f"the data of {self.data.where} is not the one that {checkpoint} was trained with: "
-                f"checkpoint {', '.join(missing.values())}; now {', '.join(added.values())}; restore it, choose "
-                "another --run-dir, or go on with the new data by --checkpoint.allow-changes true"
-            )
-        return {"data.sources": f"data.sources: {before.describe()} -> {now.describe()}"}
 
     def _open(self, state: TrainState) -> None:
         """Write the folder's description and bring the record back to `state`."""
@@ -215,39 +154,6 @@ class Run:
             draw_curves(read_record(self.record.path), self.folder / "curves.png", title=self.folder.name)
         except Exception as error:  # a picture must never stop a run: matplotlib may be missing or a font broken
             self.runtime.say(f"warning: curves.png was not drawn: {error}")
-
-
-def changed_settings(old: Config, new: Config, *, n_tokens: int) -> dict[str, str]:
-    """Settings that bear on the result and differ: {key: "key: old -> new"}.
-
-    What is compared is what they mean: lengths in steps, sizes with their defaults filled in.
-    """
-    before, after = _meaning(old, n_tokens), _meaning(new, n_tokens)
-    changes = {}
-    for key in sorted(before):
-        free = key.split(".")[0] in FREE or key in FREE_KEYS
-        if key == "train.micro_batch":  # its masks are drawn per micro-batch; without them it changes rounding only
-            free = new.model.dropout == 0
-        if before[key] != after[key] and not free:
-            changes[key] = f"{key}: {before[key]} -> {after[key]}"
-    return changes
-
-
-def _meaning(config: Config, n_tokens: int) -> dict[str, Any]:
-    flat: dict[str, Any] = {"seed": config.seed}
-    for section, keys in resolved(config).items():
-        if isinstance(keys, dict):
-            flat.update({f"{section}.{key}": value for key, value in keys.items()})
-    shaped = config.optim.schedule not in ("constant", "inverse_sqrt")  # these two know no horizon
-    flat.update({"optim.warmup_steps": config.warmup, "optim.horizon_steps": config.horizon if shaped else None})
-    flat.update({"optim.warmup_tokens": None, "optim.horizon_tokens": None})
-    model = config.model
-    flat.update({"model.n_kv_heads": model.kv_heads, "model.d_ff": model.hidden})
-    flat["model.vocab_size"] = model.embedding_rows(n_tokens)
-    flat.update({f"data.{key}": None for key in BY_DIGEST})
-    stages = [f"{stage.steps} steps of {stage.batch_tokens}" for stage in config.train.batch_ramp]
-    flat["train.batch_ramp"] = ", ".join(stages) or None
-    return flat
 
 
 def _read_environment(path: Path) -> dict[str, Any] | None:
