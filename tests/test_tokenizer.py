@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -345,6 +346,31 @@ def test_the_hub_is_asked_once(
         load_tokenizer("no-such/name")
     assert asked == ["https://huggingface.co/no-such/name/resolve/main/tokenizer.json"]
     assert time.monotonic() - started < 5
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where requests vanish: each address of the hub is tried in vain, one after the other."""
+    answered = Event()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url, *, timeout: answered.wait(30))
+    monkeypatch.setattr(tokenizer_files, "HUB_TIMEOUT", 0.05)
+    try:
+        with pytest.raises(UserError, match=r"'no-such/name' from .* hub: the hub did not answer within 0\.05 s"):
+            load_tokenizer("no-such/name")
+    finally:
+        answered.set()
+
+
+def test_what_the_cache_of_the_hub_holds_is_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "models--some--name"
+    (folder / "snapshots" / "abc").mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("abc")
+    load_tokenizer("bytes").save(folder / "snapshots" / "abc" / "tokenizer.json")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for name in ("get_hf_file_metadata", "hf_hub_download"):
+        monkeypatch.setattr(f"huggingface_hub.{name}", lambda *_, **__: pytest.fail("sent a request"))
+    assert load_tokenizer("some/name").fingerprint == load_tokenizer("bytes").fingerprint
 
 
 def missing_file() -> Exception:

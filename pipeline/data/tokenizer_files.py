@@ -8,17 +8,20 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any
 
 from pipeline.data.manifest import TOKENIZER_NAME
 from pipeline.errors import UserError, nearest
 
 HUB_TIMEOUT = 8.0
-"""Seconds to wait for the hub to answer once; its own client tries six times and takes half a minute to give up."""
+"""Seconds to wait for the hub to answer once; its own client tries six times and takes half a minute to give up.
+Names that are not resolved and addresses that do not answer are waited for one by one, so it is all of this."""
 
 RANK_SUFFIX = ".tiktoken"
 
@@ -76,15 +79,36 @@ def hub_definition(name: str) -> dict[str, Any]:
 
 
 def _hub_file(name: str) -> Path:
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
+    cached = try_to_load_from_cache(name, TOKENIZER_NAME)  # unlike a download of local files only, sends nothing
+    if isinstance(cached, str):
+        return Path(cached)
+    # one request without retries finds out whether the download, which retries, is worth starting
+    url = hf_hub_url(name, TOKENIZER_NAME)
+    _within(HUB_TIMEOUT, lambda: get_hf_file_metadata(url, timeout=HUB_TIMEOUT), what="the hub")
+    return Path(hf_hub_download(name, TOKENIZER_NAME, etag_timeout=HUB_TIMEOUT))
+
+
+def _within(seconds: float, ask: Callable[[], object], *, what: str) -> None:
+    """Call `ask` and raise what it raises, or `TimeoutError` when it is not done in time; then it is left alone."""
+    ended: SimpleQueue[BaseException | None] = SimpleQueue()
+
+    def call() -> None:
+        try:
+            ask()
+        except BaseException as error:
+            ended.put(error)
+        else:
+            ended.put(None)
+
+    Thread(target=call, daemon=True).start()  # no pool: the end of the program would wait for its thread
     try:
-        return Path(hf_hub_download(name, TOKENIZER_NAME, local_files_only=True))
-    except LocalEntryNotFoundError:
-        # one request without retries finds out whether the download, which retries, is worth starting
-        get_hf_file_metadata(hf_hub_url(name, TOKENIZER_NAME), timeout=HUB_TIMEOUT)
-        return Path(hf_hub_download(name, TOKENIZER_NAME, etag_timeout=HUB_TIMEOUT))
+        error = ended.get(timeout=seconds)
+    except Empty:
+        raise TimeoutError(f"{what} did not answer within {seconds:g} s") from None
+    if error is not None:
+        raise error
 
 
 @dataclass(frozen=True)
