@@ -20,7 +20,7 @@ from pipeline.files import fsync_folder, write_durably
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
-_BEGUN = ("ledger*.jsonl", "train-*.bin")
+_BEGUN = ("ledger*.jsonl*", "train-*.bin")  # of a kill during the first write too
 _CHECKPOINT_MARK = "state.json"
 _SAMPLE = "python sample.py {} writes text with it"
 _OTHERS = (
