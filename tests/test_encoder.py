@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from pipeline.data.preparing import encoder as encoder_module
 from pipeline.data.preparing.cuts import WORD_PATTERNS, cut, divisible
-from pipeline.data.preparing.encoder import Encoder, EncoderMismatch, choose_backend
+from pipeline.data.preparing.encoder import Encoder, EncoderMismatch, choose_encoder
 from pipeline.data.preparing.nasty import NASTY, unicode_texts
 from pipeline.data.tokenizer import EOS, TextTokenizer, load_tokenizer
 from pipeline.errors import UserError
@@ -54,6 +54,11 @@ def plainly(tokenizer: TextTokenizer, text: str) -> list[int]:
 def added(token_id: int, content: str, **flags: bool) -> dict[str, Any]:
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
     return {"id": token_id, "content": content, **plain, **flags}
+
+
+def chosen(tokenizer: TextTokenizer, sample: list[bytes], **asked: Any) -> tuple[str, str]:
+    encoder, reason = choose_encoder(tokenizer, sample, **asked)
+    return encoder.backend, reason
 
 
 ATOMS = [
@@ -159,13 +164,13 @@ def test_gigatoken_is_chosen_where_it_agrees() -> None:
     sample = [text.encode() for text in CORPUS]
     for tokenizer in (TRAINED, BYTES):
         for asked in ("auto", "gigatoken"):
-            assert choose_backend(tokenizer, sample, asked=asked) == ("gigatoken", "gives the same ids as tokenizers")
-    assert choose_backend(TRAINED, sample, asked="tokenizers") == ("tokenizers", "asked for")
-    backend, reason = choose_backend(CHARS, sample)
+            assert chosen(tokenizer, sample, asked=asked) == ("gigatoken", "gives the same ids as tokenizers")
+    assert chosen(TRAINED, sample, asked="tokenizers") == ("tokenizers", "asked for")
+    backend, reason = chosen(CHARS, sample)
     assert backend == "tokenizers"
     assert "vocabularies of characters" in reason
     with pytest.raises(UserError, match=r"gigatoken cannot encode with this tokenizer: .*characters"):
-        choose_backend(CHARS, sample, asked="gigatoken")
+        chosen(CHARS, sample, asked="gigatoken")
 
 
 def test_added_tokens_and_templates_count_as_in_tokenizers() -> None:
@@ -177,7 +182,7 @@ def test_added_tokens_and_templates_count_as_in_tokenizers() -> None:
     }
     tokens = [*TRAINED.definition["added_tokens"], added(400, "<tool>"), added(401, "<end>", special=True)]
     tokenizer = changed(TRAINED, added_tokens=tokens, post_processor=post)
-    assert choose_backend(tokenizer, [])[0] == "gigatoken"
+    assert chosen(tokenizer, [])[0] == "gigatoken"
     text = f"a<tool>b<end>{EOS}"
     ids, _ = Encoder(tokenizer, backend="gigatoken").encode([text.encode()])
     assert 400 in ids
@@ -188,7 +193,7 @@ def test_added_tokens_and_templates_count_as_in_tokenizers() -> None:
 def test_composing_characters_is_left_to_tokenizers() -> None:
     tokens = [*TRAINED.definition["added_tokens"], added(400, "<t>"), added(401, "<é>", normalized=True)]
     tokenizer = changed(TRAINED, normalizer={"type": "NFC"}, added_tokens=tokens)
-    assert choose_backend(tokenizer, [])[0] == "gigatoken"
+    assert chosen(tokenizer, [])[0] == "gigatoken"
     encoder = Encoder(tokenizer, backend="gigatoken")
     texts = [
         "e\u0301",
@@ -211,21 +216,21 @@ def test_gigatoken_is_refused_where_it_differs(monkeypatch: pytest.MonkeyPatch) 
     whole_words = changed(
         TRAINED, added_tokens=[*TRAINED.definition["added_tokens"], added(400, "<t>", single_word=True)]
     )
-    backend, reason = choose_backend(whole_words, [])
+    backend, reason = chosen(whole_words, [])
     assert backend == "tokenizers"
     assert "the ids of 'a<t>b' (5 bytes) differ from token 1 on: gigatoken [400" in reason
     with pytest.raises(UserError, match="'a<t>b'"):
-        choose_backend(whole_words, [], asked="gigatoken")
-    backend, reason = choose_backend(changed(TRAINED, normalizer={"type": "Lowercase"}), [])
+        chosen(whole_words, [], asked="gigatoken")
+    backend, reason = chosen(changed(TRAINED, normalizer={"type": "Lowercase"}), [])
     assert backend == "tokenizers"
     assert "may normalize text otherwise (Lowercase)" in reason
     for normalizers in ([{"type": "NFC"}], [{"type": "Prepend", "prepend": "_"}, {"type": "NFC"}]):
         sequence = changed(TRAINED, normalizer={"type": "Sequence", "normalizers": normalizers})
-        assert "may normalize text otherwise (Sequence)" in choose_backend(sequence, [])[1]
+        assert "may normalize text otherwise (Sequence)" in chosen(sequence, [])[1]
     random_merges = changed(TRAINED, model={**TRAINED.definition["model"], "dropout": 0.5})
-    assert "dropout" in choose_backend(random_merges, [])[1]
+    assert "dropout" in chosen(random_merges, [])[1]
     monkeypatch.setitem(sys.modules, "gigatoken", None)
-    assert "not installed" in choose_backend(TRAINED, [])[1]
+    assert "not installed" in chosen(TRAINED, [])[1]
 
 
 def break_gigatoken(monkeypatch: pytest.MonkeyPatch, fault: Callable[[bytes, Any], Any]) -> list[int]:
@@ -248,8 +253,8 @@ def panic(_: bytes, __: Any) -> Any:
 
 def test_a_sample_of_the_corpus_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     break_gigatoken(monkeypatch, lambda content, ids: ids[:-1] if b"zebra" in content else ids)
-    assert choose_backend(TRAINED, [b"a horse"])[0] == "gigatoken"
-    backend, reason = choose_backend(TRAINED, [b"a horse", b"a zebra"])
+    assert chosen(TRAINED, [b"a horse"])[0] == "gigatoken"
+    backend, reason = chosen(TRAINED, [b"a horse", b"a zebra"])
     assert backend == "tokenizers"
     assert "the ids of 'a zebra' (7 bytes) differ" in reason
 
@@ -257,7 +262,7 @@ def test_a_sample_of_the_corpus_decides(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_rare_character_that_differs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     break_gigatoken(monkeypatch, lambda content, ids: ids[:-1] if "\U00012f90".encode() in content else ids)
     assert any("\U00012f90" in text for text in unicode_texts())  # first of a block newer than some tables
-    assert choose_backend(TRAINED, [])[0] == "tokenizers"
+    assert chosen(TRAINED, [])[0] == "tokenizers"
 
 
 @pytest.mark.parametrize("fault", [lambda content, ids: ids[:-1] if content == b"\n" else ids, panic])

@@ -28,12 +28,13 @@ WORD_PATTERNS = frozenset(
 """Regular expressions for words of which `divisible` holds."""
 
 _SAFE_CUT = re.compile(
-    rb"(?:[!-~]|[\x80-\xbf](?<!\xc2[\x80-\xbf])(?<!\xe1[\x80-\xbf]{2})(?<!\xe2[\x80-\xbf]{2})(?<!\xe3\x80\x80))"
-    rb"\n(?=[!-.0-~]|[\xc3-\xe0\xe4-\xf4]|\xe3(?!\x80\x80))"
+    rb"\n(?=[!-.0-~]|[\xc3-\xe0\xe4-\xf4]|\xe3(?!\x80\x80))(?<=[!-~\x80-\xbf]\n)"
+    rb"(?<!\xc2[\x80-\xbf]\n)(?<!\xe1[\x80-\xbf]{2}\n)(?<!\xe2[\x80-\xbf]{2}\n)(?<!\xe3\x80\x80\n)"
 )
 """A newline, alone between characters that are not white space, of which the second is no slash.
 
-The blocks of Unicode that hold white space are left out whole, so that no two engines can disagree about it.
+The blocks of Unicode that hold white space are left out whole, so that no two engines can disagree about it. It begins
+with the newline, for a single byte is searched for twenty times as fast as a choice of them.
 """
 
 
@@ -41,7 +42,7 @@ def cut(content: bytes, size: int) -> Iterator[bytes]:
     """`content` in parts of at least `size` bytes, cut where `divisible` tokenizers begin a new word."""
     start = 0
     while len(content) - start > size:
-        place = _SAFE_CUT.search(content, start + size - 1)
+        place = _SAFE_CUT.search(content, start + size)
         if place is None:
             break
         yield content[start : place.end()]

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.data.preparing.encoder import Backend, choose_backend
+from pipeline.data.preparing.encoder import Encoder, choose_encoder
 from pipeline.data.preparing.request import Request
 from pipeline.data.preparing.split import SplitRule
 from pipeline.data.preparing.survey import FEW_DOCUMENTS, Survey, all_texts, estimate, survey, training_texts
@@ -63,11 +63,11 @@ def make_tokenizer(request: Request, units: Sequence[Unit]) -> TextTokenizer:
     return load_tokenizer(request.tokenizer, texts=texts, eos=request.eos)
 
 
-def encoder_for(request: Request, tokenizer: TextTokenizer, seen: Survey, units: Sequence[Unit]) -> tuple[Backend, str]:
+def encoder_for(request: Request, tokenizer: TextTokenizer, seen: Survey, units: Sequence[Unit]) -> tuple[Encoder, str]:
     """What encodes, and why if that is worth saying. To prove gigatoken right takes a second."""
     if request.backend == "auto" and sum(unit.size for unit in units) < SMALL_CORPUS_BYTES:
-        return "tokenizers", ""
-    return choose_backend(tokenizer, seen.sample, asked=request.backend)
+        return Encoder(tokenizer, backend="tokenizers"), ""
+    return choose_encoder(tokenizer, seen.sample, asked=request.backend)
 
 
 def rehearse(request: Request, *, console: Console) -> None:
@@ -79,8 +79,8 @@ def rehearse(request: Request, *, console: Console) -> None:
     size = sum(unit.size for unit in units)
     unmade = needs_corpus(request.tokenizer)  # to make it would be half of the work: bytes stand for its tokens
     tokenizer = make_tokenizer(replace(request, tokenizer="bytes") if unmade else request, units)
-    backend, reason = encoder_for(request, tokenizer, seen, units)
-    found = estimate(seen.sample, size, tokenizer=tokenizer, backend=backend, workers=request.workers)
+    encoder, reason = encoder_for(request, tokenizer, seen, units)
+    found = estimate(seen.sample, size, encoder=encoder, vocab_size=tokenizer.vocab_size, workers=request.workers)
     if unmade:
         outlook = f"tokens: at most {size:,}, known once {request.tokenizer} is made"
     else:
@@ -91,7 +91,7 @@ def rehearse(request: Request, *, console: Console) -> None:
     for line in (
         f"{len(corpus.sources):,} inputs, {len(units):,} units, about {size / 1e6:,.1f} MB of text",
         f"split: {rule.describe()}",
-        f"encoder: {backend}" + (f" ({reason})" if reason else ""),
+        f"encoder: {encoder.backend}" + (f" ({reason})" if reason else ""),
         outlook,
         f"free on the disk: {free_bytes(request.output) / 1e6:,.1f} MB",
         "nothing was written",

@@ -13,6 +13,7 @@ import mmap
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -41,7 +42,7 @@ AUDIT_BYTES = 256 * 2**10
 """Longest piece that is audited, 0.1 s of the reference."""
 
 SAMPLE_BYTES = 4 * 2**20
-"""How much of a sample `choose_backend` compares, about 2 s."""
+"""How much of a sample `choose_encoder` compares, about 2 s."""
 
 
 CACHE_BYTES = 48 * 2**20
@@ -75,7 +76,7 @@ class Encoder:
         self.backend = backend
         self.documents = self.text_bytes = self.tokens = self.audited = 0
         self.unknown_id = _unknown_id(definition["model"], tokenizer)
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._divisible = divisible(definition)
         self._specials = _by_prefix(added_tokens(definition, special=True))
         self._native = _Native(tokenizer) if backend == "gigatoken" else None
@@ -88,21 +89,25 @@ class Encoder:
         Nothing is added, but the id `end` after each document where it is given. Raises `EncoderMismatch` where
         gigatoken cannot be trusted, and `UserError` for characters that a `chars` vocabulary lacks.
         """
-        lengths = np.zeros(len(contents), np.int64)
+        tokens = [0] * len(contents)
+        ending = [] if end is None else [np.array([end], np.uint32)]
         # A byte is seldom more than a token, so this nearly always has room; what is not written to takes no memory.
         ids, filled, last = np.empty(sum(map(len, contents)) + len(contents) + 1, np.uint32), 0, 0
         for pieces, owners in self._batches(contents):
-            for owner, piece in zip(owners, self._encode_pieces(pieces), strict=True):
-                if owner != last and end is not None:
-                    ids[filled] = end
-                    filled += 1
-                last = owner
-                if filled + len(piece) >= len(ids):
-                    ids = np.concatenate([ids[:filled], np.empty(len(ids) + len(piece), np.uint32)])
-                ids[filled : filled + len(piece)] = piece
-                filled += len(piece)
-                lengths[owner] += len(piece)
+            parts: list[NDArray[np.uint32]] = []
+            for owner, piece in zip(owners, self.encode_each(pieces), strict=True):
+                if owner != last:
+                    parts += ending
+                    last = owner
+                parts.append(piece)
+                tokens[owner] += len(piece)
+            size = sum(map(len, parts))
+            if filled + size >= len(ids):
+                ids = np.concatenate([ids[:filled], np.empty(len(ids) + size, np.uint32)])
+            np.concatenate(parts, out=ids[filled : filled + size])
+            filled += size
             self.text_bytes += sum(map(len, pieces))
+        lengths = np.array(tokens, np.int64)
         if len(contents) and end is not None:
             ids[filled] = end
             filled += 1
@@ -113,7 +118,9 @@ class Encoder:
 
     def special_text(self, contents: Iterable[bytes]) -> int:
         """How many documents hold the text of a special token. It is encoded as text; this is for the record."""
-        return sum(_holds(self._specials, content) for content in contents)
+        return len(
+            {n for rare, token in self._specials for n, c in enumerate(contents) if rare in c and token.search(c)}
+        )
 
     def _batches(self, contents: Sequence[bytes]) -> Iterator[tuple[list[bytes], list[int]]]:
         """Pieces of the documents, in order, about `BATCH_BYTES` at a time, and whose they are."""
@@ -131,35 +138,50 @@ class Encoder:
         if pieces:
             yield pieces, owners
 
-    def _encode_pieces(self, pieces: list[bytes]) -> list[NDArray[np.uint32]]:
+    def encode_each(self, pieces: Sequence[bytes]) -> list[NDArray[np.uint32]]:
+        """Ids of each piece; raises as `encode` does."""
         if self._native is None:
-            return reference(self._tokenizer, pieces)
+            return reference(self.tokenizer, pieces)
         encoded = self._native.encode(pieces)
         for piece, ids in zip(pieces, encoded, strict=True):
             if len(piece) <= AUDIT_BYTES and xxhash.xxh3_64_intdigest(piece) % AUDIT_ONE_IN == 0:
                 self.audited += 1
-                if fault := _difference([piece], [ids], reference(self._tokenizer, [piece])):
+                if fault := _difference([piece], [ids], reference(self.tokenizer, [piece])):
                     raise EncoderMismatch(fault)
         return encoded
 
 
-def choose_backend(
+def choose_encoder(
     tokenizer: TextTokenizer, sample: Sequence[bytes], *, asked: Literal["auto", "gigatoken", "tokenizers"] = "auto"
-) -> tuple[Backend, str]:
-    """Who shall encode with this tokenizer, and why, in words.
+) -> tuple[Encoder, str]:
+    """What shall encode with this tokenizer, and why its backend, in words.
 
     gigatoken if it is installed, loads the tokenizer and gives the ids of `tokenizers` for strings that have broken
     tokenizers, for a spread of all of Unicode and for `sample`, documents of the corpus, of which about
     `SAMPLE_BYTES` are compared. Raises `UserError` if it was asked for and is unfit.
     """
     if asked == "tokenizers":
-        return "tokenizers", "asked for"
-    fault = _unfit(tokenizer, sample)
+        return Encoder(tokenizer, backend="tokenizers"), "asked for"
+    fault = _unfit(tokenizer)
     if fault is None:
-        return "gigatoken", "gives the same ids as tokenizers"
+        try:
+            return _proven(tokenizer, sample), "gives the same ids as tokenizers"
+        except ImportError as error:
+            fault = f"gigatoken is not installed ({error})"
+        except EncoderMismatch as error:
+            fault = str(error)
     if asked == "gigatoken":
         raise UserError(f"gigatoken cannot encode with this tokenizer: {fault}; let tokenizers do it")
-    return "tokenizers", fault
+    return Encoder(tokenizer, backend="tokenizers"), fault
+
+
+def _proven(tokenizer: TextTokenizer, sample: Sequence[bytes]) -> Encoder:
+    """gigatoken with this tokenizer, loaded; `EncoderMismatch` says where it differs."""
+    encoder = Encoder(tokenizer, backend="gigatoken")
+    for pieces in _trial(tokenizer.definition, sample):
+        if fault := _difference(pieces, encoder.encode_each(pieces), reference(tokenizer, pieces)):
+            raise EncoderMismatch(fault)
+    return encoder
 
 
 def reference(tokenizer: TextTokenizer, pieces: Sequence[bytes]) -> list[NDArray[np.uint32]]:
@@ -186,7 +208,7 @@ class _Native:
         """Ids of each piece; `EncoderMismatch` if gigatoken fails."""
         encode = self._encode = self._encode or self._load()
         before = _resident_bytes()
-        encoded = _guard(lambda: [self._ids(encode, piece) for piece in pieces])
+        encoded = _guard(lambda: self._each(encode, pieces))
         after = _resident_bytes()
         self._bytes += sum(map(len, pieces))
         self._grown += max(0, after - before)
@@ -195,8 +217,11 @@ class _Native:
             self._encode = None
         return encoded
 
-    def _ids(self, encode: Callable[[bytes], NDArray[np.uint32]], piece: bytes) -> NDArray[np.uint32]:
-        if not self._composes or piece.isascii() or _BEYOND_LATIN.search(piece) is None:
+    def _each(self, encode: Callable[[bytes], NDArray[np.uint32]], pieces: Sequence[bytes]) -> list[NDArray[np.uint32]]:
+        return list(map(partial(self._composed, encode) if self._composes else encode, pieces))
+
+    def _composed(self, encode: Callable[[bytes], NDArray[np.uint32]], piece: bytes) -> NDArray[np.uint32]:
+        if piece.isascii() or _BEYOND_LATIN.search(piece) is None:
             return encode(piece)
         # Rare marks are ordered differently by gigatoken, whose table of Unicode is newer, so NFC is left to the
         # reference. Added tokens are looked for before it, and ended by it: text that holds one is not ours.
@@ -209,7 +234,7 @@ class _Native:
         """Checked each time: this may be another machine than the one that chose gigatoken, with other instructions."""
         _return_freed_memory()
         encode = _guard(lambda: _load_gigatoken(self._definition))
-        known = _guard(lambda: [self._ids(encode, text) for text in self._known])
+        known = _guard(lambda: self._each(encode, self._known))
         if fault := _difference(self._known, known, self._expected):
             raise EncoderMismatch(fault)
         self._bytes, self._grown, self._resident = 0, 0, _resident_bytes()
@@ -245,8 +270,8 @@ def gigatoken_definition(definition: dict[str, Any]) -> str:
     return json.dumps({**definition, **changes})
 
 
-def _unfit(tokenizer: TextTokenizer, sample: Sequence[bytes]) -> str | None:
-    """Why gigatoken must not encode with this tokenizer, or None."""
+def _unfit(tokenizer: TextTokenizer) -> str | None:
+    """Why gigatoken must not even be tried with this tokenizer, or None."""
     definition = tokenizer.definition
     if tokenizer.alphabet is not None:
         return "gigatoken knows no vocabularies of characters"
@@ -254,15 +279,6 @@ def _unfit(tokenizer: TextTokenizer, sample: Sequence[bytes]) -> str | None:
         return "its merges are drawn at random (dropout)"
     if unknown := sorted(_normalizers(definition.get("normalizer")) - {"NFC", "Prepend", "Replace"}):
         return f"gigatoken may normalize text otherwise ({', '.join(unknown)})"
-    try:
-        native = _Native(tokenizer)
-        for pieces in _trial(definition, sample):
-            if fault := _difference(pieces, native.encode(pieces), reference(tokenizer, pieces)):
-                return fault
-    except ImportError as error:
-        return f"gigatoken is not installed ({error})"
-    except EncoderMismatch as error:
-        return str(error)
     return None
 
 
@@ -277,20 +293,28 @@ def _normalizers(normalizer: dict[str, Any] | None) -> set[str]:
 
 
 def _trial(definition: dict[str, Any], sample: Sequence[bytes]) -> Iterator[list[bytes]]:
-    """What both must agree on, a little at a time: a spread of Unicode, then the corpus."""
+    """What both must agree on, a little at a time, for the reference's threads: Unicode, then the corpus."""
     yield [text.encode() for text in unicode_texts()]
-    room = SAMPLE_BYTES
+    room, parts = SAMPLE_BYTES, divisible(definition)
+    pieces: list[bytes] = []
     for content in sample:
-        piece = next(cut(content, PIECE_BYTES)) if divisible(definition) else content
+        piece = next(cut(content, PIECE_BYTES)) if parts else content
         if len(piece) <= min(room, AUDIT_BYTES):
             room -= len(piece)
-            yield [piece]
+            pieces.append(piece)
+            if sum(map(len, pieces)) > BATCH_BYTES["tokenizers"]:
+                yield pieces
+                pieces = []
+    if pieces:
+        yield pieces
 
 
 def _difference(
     pieces: Sequence[bytes], got: Sequence[NDArray[np.uint32]], wanted: Sequence[NDArray[np.uint32]]
 ) -> str | None:
     """The first piece of which the ids differ, in words."""
+    if [*map(len, got)] == [*map(len, wanted)] and np.array_equal(np.concatenate(got), np.concatenate(wanted)):
+        return None
     for piece, ours, theirs in zip(pieces, got, wanted, strict=True):
         if not np.array_equal(ours, theirs):
             same = min(len(ours), len(theirs))
@@ -312,17 +336,23 @@ def _unknown_id(model: dict[str, Any], tokenizer: TextTokenizer) -> int | None:
 
 
 def _by_prefix(tokens: Sequence[dict[str, Any]]) -> list[tuple[bytes, re.Pattern[bytes]]]:
-    """Tokens grouped by their first two bytes, which are quickly searched for, and a pattern for each group."""
+    """Tokens grouped by their first two bytes: the second of these, and a pattern for the group.
+
+    One byte is found at memory speed, two are not, and the second is the rarer one of `<|` and the like. So patterns
+    begin with it and look behind for the first.
+    """
     groups: dict[bytes, list[bytes]] = {}
     for token in tokens:
         content = token["content"].encode()
-        groups.setdefault(content[:2], []).append(content)
-    return [(start, re.compile(b"|".join(map(re.escape, group)))) for start, group in groups.items()]
+        groups.setdefault(content[:2], []).append(re.escape(content[2:]))
+    return [
+        (start[-1:], re.compile(b"%s(?<=%s)(?:%s)" % (re.escape(start[-1:]), re.escape(start), b"|".join(ends))))
+        for start, ends in groups.items()
+    ]
 
 
 def _holds(groups: list[tuple[bytes, re.Pattern[bytes]]], content: bytes) -> bool:
-    # one byte is found at memory speed, two are not: few texts that hold the second byte hold both
-    return any(start[-1:] in content and start in content and pattern.search(content) for start, pattern in groups)
+    return any(rare in content and token.search(content) for rare, token in groups)
 
 
 def _resident_bytes() -> int:

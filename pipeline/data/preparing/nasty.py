@@ -11,6 +11,8 @@ import unicodedata
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
 from pipeline.data.preparing.cuts import added_tokens
 
 NASTY = (
@@ -68,10 +70,11 @@ def nasty_texts(definition: dict[str, Any]) -> list[str]:
 
 def unicode_texts() -> list[str]:
     """Both ends and the middle of each stretch of code points of one category: where two tables of Unicode differ."""
-    categories = [unicodedata.category(chr(code)) for code in range(sys.maxunicode + 1)]
-    stops = [code for code in range(1, len(categories)) if categories[code] != categories[code - 1]]
+    names = "".join(map(unicodedata.category, map(chr, range(sys.maxunicode + 1))))  # two letters for each
+    categories = np.frombuffer(names.encode(), np.uint16)
+    stops = (np.flatnonzero(np.diff(categories)) + 1).tolist()
     points: set[int] = set()
     for start, stop in pairwise([0, *stops, len(categories)]):
         points |= {start, (start + stop) // 2, stop - 1}
-    characters = [chr(point) for point in sorted(points) if categories[point] != "Cs"]  # surrogates are no text
+    characters = [chr(point) for point in sorted(points) if not 0xD800 <= point < 0xE000]  # surrogates are no text
     return [f"x{c}y1{c}2.{c},  {c} X{c}Y'{c}" for c in characters]

@@ -44,7 +44,7 @@ from pipeline.data.preparing.ledger import (
 from pipeline.data.preparing.progress import UnitProgress
 from pipeline.data.preparing.request import Request, complete_manifest, refuse_foreign, sizes_agree
 from pipeline.data.preparing.survey import estimate, refuse_small_disk, survey
-from pipeline.data.preparing.unit import UnitReport, UnitSettings, prepare_unit, report_path
+from pipeline.data.preparing.unit import UnitReport, UnitSettings, keep_encoder, prepare_unit, report_path
 from pipeline.data.reading.corpus import Corpus, changed_since
 from pipeline.data.reading.plan import Unit, cut_stream, plan_units
 from pipeline.data.tokenizer import TextTokenizer
@@ -112,8 +112,8 @@ class _Preparation:
             raise no_documents(seen.drops, seen.examples, corpus)
         rule = split_rule(request, seen, corpus, console)
         tokenizer = self._tokenizer()
-        backend, reason = encoder_for(request, tokenizer, seen, self.units)
-        if backend == "tokenizers" and reason:
+        encoder, reason = encoder_for(request, tokenizer, seen, self.units)
+        if encoder.backend == "tokenizers" and reason:
             console.print(f"note: encoding with `tokenizers`: {reason}", markup=False)
         self.settings = UnitSettings(
             output=self.output.resolve(),  # for workers elsewhere
@@ -122,7 +122,7 @@ class _Preparation:
             tokenizer_fingerprint=tokenizer.fingerprint,
             vocab_size=tokenizer.vocab_size,
             eos_id=tokenizer.eos_id,
-            backend=backend,
+            backend=encoder.backend,
             strict=request.strict,
             allow_failed=request.allow_failed,
         )
@@ -133,13 +133,15 @@ class _Preparation:
         self.ends: dict[int, StreamEnd] = {}
         self._keep()
         size = sum(unit.size for unit in self._todo())
-        left = estimate(seen.sample, size, tokenizer=tokenizer, backend=backend, workers=1)
+        left = estimate(seen.sample, size, encoder=encoder, vocab_size=tokenizer.vocab_size, workers=1)
         refuse_small_disk(self.output, left.disk_bytes)
         self.disk_bytes_per_byte = left.disk_bytes / max(size, 1)
         self._withdraw_manifest()
         self._write_ledger()
         tokenizer.save(self.output / TOKENIZER_NAME)
         fsync_folder(self.output)
+        if self.place.at_once == 1:
+            keep_encoder(encoder, tokenizer.fingerprint)
 
     def _withdraw_manifest(self) -> None:
         """Inputs or files changed, so what it vouches for is about to; deletions are no part of what is made again."""

@@ -45,6 +45,8 @@ class UnitProgress:
 
     def on_batch(self, text_bytes: int, tokens: int) -> None:
         """Part of a unit was written."""
+        if self._progress.disable:  # not free, and asked for many times a second
+            return
         self._counted += tokens
         self._progress.advance(self._task, text_bytes)
         self._show(self._tokens + self._counted)

@@ -42,15 +42,22 @@ class SplitRule:
         """The hash that decides on a document, uniform in [0, 2^64)."""
         return xxhash.xxh3_64_intdigest(content, seed=self.hash_seed)
 
-    def parts(self, content: bytes, *, draw: int, held_out: bool) -> dict[SplitName, bytes]:
-        """What of a document goes where; parts may be empty. `held_out`: it is of an input given for validation."""
-        if self.mode == "tail":
-            text = content.decode()
-            cut = int(len(text) * (1 - self.fraction))
-            return {"train": text[:cut].encode(), "val": text[cut:].encode()}
+    def side(self, draw: int, *, held_out: bool) -> SplitName:
+        """Where a whole document goes. `held_out`: it is of an input given for validation."""
         if self.mode == "hash":
-            held_out = draw < int(self.fraction * 2**64)
-        return {"val" if held_out else "train": content}
+            held_out = draw < self._limit
+        return "val" if held_out else "train"
+
+    def parts(self, content: bytes) -> dict[SplitName, bytes]:
+        """What of a document goes where in mode `tail`; parts may be empty."""
+        assert self.mode == "tail", f"mode {self.mode} keeps documents whole"
+        text = content.decode()
+        cut = int(len(text) * (1 - self.fraction))
+        return {"train": text[:cut].encode(), "val": text[cut:].encode()}
+
+    @cached_property
+    def _limit(self) -> int:
+        return int(self.fraction * 2**64)
 
     @cached_property
     def hash_seed(self) -> int:

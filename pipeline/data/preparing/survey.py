@@ -16,13 +16,12 @@ from time import perf_counter
 
 import xxhash
 
-from pipeline.data.preparing.encoder import Backend, Encoder
+from pipeline.data.preparing.encoder import Encoder
 from pipeline.data.preparing.unit import EXAMPLES
 from pipeline.data.reading.corpus import read_unit
 from pipeline.data.reading.formats import Document, Rejected, TextRules
 from pipeline.data.reading.plan import Unit
 from pipeline.data.shards import DOCUMENT_DTYPE, token_dtype
-from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError
 
 FEW_DOCUMENTS = 100
@@ -117,18 +116,15 @@ class Estimate:
     seconds: float
 
 
-def estimate(
-    sample: Sequence[bytes], text_bytes: int, *, tokenizer: TextTokenizer, backend: Backend, workers: int
-) -> Estimate:
+def estimate(sample: Sequence[bytes], text_bytes: int, *, encoder: Encoder, vocab_size: int, workers: int) -> Estimate:
     """Encode the sample and extrapolate: tokens, bytes of the dataset on disk, seconds of the workers."""
-    encoder = Encoder(tokenizer, backend=backend)
     sample = sample or (b"a",)
     encoder.encode(sample[:1])  # the first call loads
     began = perf_counter()
     ids, _ = encoder.encode(sample)
     seconds = perf_counter() - began
     share = text_bytes / sum(map(len, sample))
-    item = token_dtype(tokenizer.vocab_size).itemsize
+    item = token_dtype(vocab_size).itemsize
     per_document = DOCUMENT_DTYPE.itemsize + 4 + 8 + 8 + item  # its record, its place in the index, its EOS
     return Estimate(
         text_bytes=text_bytes,

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from secrets import token_hex
 from types import TracebackType
@@ -34,8 +33,8 @@ from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError
 from pipeline.files import write_durably
 
-BATCH_BYTES = 2 * 2**20
-"""Text encoded at once: enough for the encoder's speed, little enough for the memory of many workers."""
+BATCH_BYTES = 2**19
+"""Text encoded at once: its ids stay in a processor's cache while they are checked, converted and written."""
 EXAMPLES = 3
 UNKNOWN_TOKENS = "unknown tokens"
 
@@ -146,12 +145,11 @@ def prepare_unit(unit: Unit, settings: UnitSettings, *, on_batch: OnBatch | None
     Raises `DamagedInputError` for input that cannot be read, `UserError` for what concerns all units, `OSError` when
     the disk is full; then nothing of the unit remains.
     """
-    path = settings.output / TOKENIZER_NAME
-    tokenizer, encoder = _tools(path, settings.tokenizer_fingerprint, settings.eos_id, settings.backend)
+    encoder = _encoder(settings)
     try:
         report = _write(unit, settings, encoder, on_batch)
     except EncoderMismatch as mismatch:
-        slow = Encoder(tokenizer, backend="tokenizers")
+        slow = Encoder(encoder.tokenizer, backend="tokenizers")
         report = _write(unit, settings, slow, on_batch).model_copy(update={"mismatch": str(mismatch)})
     report.save(settings.output)
     return report
@@ -177,8 +175,11 @@ def _write(unit: Unit, settings: UnitSettings, encoder: Encoder, on_batch: OnBat
             documents += 1
             text_bytes += len(content)
             lowest_draw = min(lowest_draw, draw)
-            for part, text in split.parts(content, draw=draw, held_out=held_out[record.source]).items():
-                sinks[part].add(text, record)
+            if split.mode == "tail":
+                for side, text in split.parts(content).items():
+                    sinks[side].add(text, record)
+            else:
+                sinks[split.side(draw, held_out=held_out[record.source])].add(content, record)
         set_aside = quarantine.commit()
         written = {name: sink.finish() for name, sink in sinks.items()}
     noticed = sum((sink.noticed for sink in sinks.values()), Counter({"invalid bytes replaced": reading.replaced}))
@@ -334,9 +335,21 @@ class _Sink:
             self.noticed[UNKNOWN_TOKENS] += int(np.count_nonzero(ids == self._encoder.unknown_id)) - ends
 
 
-@lru_cache(maxsize=1)
-def _tools(path: Path, fingerprint: str, eos_id: int, backend: Backend) -> tuple[TextTokenizer, Encoder]:
-    """One tokenizer and one encoder a process, not one a unit."""
-    tokenizer = TextTokenizer.from_file(path, eos=eos_id)
-    assert tokenizer.fingerprint == fingerprint, f"{path} changed while the data was prepared"
-    return tokenizer, Encoder(tokenizer, backend=backend)
+_ENCODERS: dict[tuple[str, Backend], Encoder] = {}
+"""The encoder of this process, by fingerprint and backend: one a process, not one a unit. To load it takes a second."""
+
+
+def keep_encoder(encoder: Encoder, fingerprint: str) -> None:
+    """Let units of this process use an encoder that is loaded already. `fingerprint`: of its tokenizer."""
+    _ENCODERS.clear()  # they are large
+    _ENCODERS[fingerprint, encoder.backend] = encoder
+
+
+def _encoder(settings: UnitSettings) -> Encoder:
+    key = (settings.tokenizer_fingerprint, settings.backend)
+    if key not in _ENCODERS:
+        path = settings.output / TOKENIZER_NAME
+        tokenizer = TextTokenizer.from_file(path, eos=settings.eos_id)
+        assert tokenizer.fingerprint == settings.tokenizer_fingerprint, f"{path} changed while the data was prepared"
+        keep_encoder(Encoder(tokenizer, backend=settings.backend), tokenizer.fingerprint)
+    return _ENCODERS[key]
