@@ -611,7 +611,7 @@ def test_a_dry_run_estimates_and_writes_nothing(corpus: Path) -> None:
     expected = int(said.split("tokens: about ")[1].split(";")[0].replace(",", ""))
     found = manifest.total("train", "tokens") + manifest.total("val", "tokens")
     assert abs(expected / found - 1) < 0.3, "the plan counts the JSON around the text too"
-    rehearse(request(corpus), console=Console(file=stream, soft_wrap=True))
+    rehearse(request(corpus, "other"), console=Console(file=stream, soft_wrap=True))
     assert "known once train:300 is made" in stream.getvalue()
 
 
@@ -816,3 +816,78 @@ def test_a_damaged_shard_is_mended_as_verify_says(corpus: Path) -> None:
     (output / "train-00001.bin").unlink()
     run(request(corpus))
     assert content(output) == before
+
+
+def rehearsed(wanted: Request) -> str:
+    stream = io.StringIO()
+    rehearse(wanted, console=Console(file=stream, soft_wrap=True))
+    return stream.getvalue()
+
+
+def test_a_dry_run_says_of_the_output_what_a_run_would(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, out = request(corpus, tokenizer="bytes"), corpus.parent / "out"
+    assert f"output: {out} is yet to be made\n" in rehearsed(wanted)
+    manifest, _ = run(wanted)
+    files = content(out)
+    assert f"output: {out} is complete already and would be left as it is\nnothing was written" in rehearsed(wanted)
+    with pytest.raises(UserError, match="made with other settings:\n  seed: "):
+        rehearsed(replace(wanted, seed=2))
+    with locked(out, ask_of_other_hosts=True), pytest.raises(UserError, match="is being written by process"):
+        rehearsed(wanted)
+    (out / "manifest.json").unlink()
+    count = len({int(shard.name[-5:]) for shards in manifest.splits.values() for shard in shards})
+    assert f"output: {out}, {count} units finished earlier would be kept\n" in rehearsed(wanted)
+    write_lines(corpus / "b.jsonl", TEXTS[:9])
+    said = (
+        f"output: {out}, {count} units finished earlier would be kept, but for inputs changed: {corpus / 'b.jsonl'}\n"
+    )
+    assert said in rehearsed(wanted)
+    del files["manifest.json"]
+    assert content(out) == files
+    with pytest.raises(UserError, match=r"cannot write to .*corpus/a\.jsonl/x: .*corpus/a\.jsonl is a file"):
+        rehearsed(replace(wanted, output=corpus / "a.jsonl" / "x"))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(UserError, match=r"cannot write to .*new: no permission to write into "):
+        rehearsed(replace(wanted, output=corpus.parent / "new"))
+
+
+def test_a_dry_run_refuses_a_disk_that_will_not_do(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(corpus)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
+    with pytest.raises(UserError, match=r"has 0.0 MB free, the dataset needs about 0.* MB more; make room"):
+        rehearsed(request(corpus, tokenizer="bytes"))
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_inputs_that_come_and_go_are_named(corpus: Path, complete: bool) -> None:
+    wanted = request(corpus, tokenizer="bytes")
+    run(wanted)
+    if not complete:
+        (corpus.parent / "out" / "manifest.json").unlink()
+    for number in range(7):
+        write_lines(corpus / f"c{number}.jsonl", TEXTS[:3])
+    (corpus / "b.jsonl").unlink()
+    write_lines(corpus / "a.jsonl", TEXTS[:30])
+    with pytest.raises(UserError) as caught:
+        run(wanted)
+    a, b, *new = (corpus / f"{name}.jsonl" for name in ("a", "b", "c0", "c1", "c2", "c3", "c4"))
+    line = f"  inputs added: {', '.join(map(str, new))} and 2 more; removed: {b}; changed: {a}\n"
+    assert line in str(caught.value)
+    assert "digest" not in str(caught.value)
+
+
+def test_inputs_that_changed_are_named_when_it_goes_on(corpus: Path) -> None:
+    run(request(corpus, tokenizer="bytes"))
+    write_lines(corpus / "b.jsonl", TEXTS[:30])
+    _, said = run(request(corpus, tokenizer="bytes"))
+    assert f"inputs changed: {corpus / 'b.jsonl'}\n" in said
+
+
+@pytest.mark.parametrize(("size", "noted"), [(10**6, False), (10**6 + 1, True)])
+def test_a_large_text_is_told_to_be_one_document(tmp_path: Path, size: int, noted: bool) -> None:
+    (tmp_path / "a.txt").write_text("x" * 99 + "\n" + "y" * (size - 100))
+    (tmp_path / "b.txt").write_text("small")
+    plain = Request(inputs=(str(tmp_path),), output=tmp_path / "out", tokenizer="bytes")
+    note = f"note: 1 plain text of over 1 MB, such as {tmp_path / 'a.txt'} (1.0 MB): a text file is one document"
+    assert (note in rehearsed(plain)) == noted
+    assert "--text-separator" not in rehearsed(replace(plain, rules=TextRules(separator="\n\n")))

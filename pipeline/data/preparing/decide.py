@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,24 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.data.preparing.encoder import Encoder, choose_encoder
-from pipeline.data.preparing.request import Request
+from pipeline.data.preparing.request import Request, existing, finished_units, look_at
 from pipeline.data.preparing.split import SplitRule
-from pipeline.data.preparing.survey import FEW_DOCUMENTS, Survey, all_texts, estimate, survey, training_texts
+from pipeline.data.preparing.survey import (
+    FEW_DOCUMENTS,
+    Survey,
+    all_texts,
+    estimate,
+    refuse_small_disk,
+    survey,
+    training_texts,
+)
 from pipeline.data.reading.corpus import Corpus, check_text_key, find_corpus
+from pipeline.data.reading.formats import TextRules
 from pipeline.data.reading.plan import Unit, plan_units
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer, needs_corpus
+from pipeline.errors import counted
 
+LARGE_TEXT_BYTES = 10**6
 DEFAULT_FRACTION, DEFAULT_TAIL_FRACTION = 0.005, 0.1
 LEAST_HELD_OUT = 20
 """Documents that the default fraction holds out at least, on average."""
@@ -35,10 +46,24 @@ def corpus_of(request: Request, console: Console) -> tuple[Corpus, dict[str, Any
     corpus = find_corpus(
         request.inputs, exclude=request.exclude, output=request.output.resolve(), held_out=request.val_inputs
     )
-    for note in corpus.notes:
+    for note in (*corpus.notes, *_large_texts(corpus, request.rules)):
         console.print(f"note: {note}", markup=False)
     check_text_key(corpus.sources, request.rules.key)
     return corpus, request.identity(corpus)
+
+
+def _large_texts(corpus: Corpus, rules: TextRules) -> Iterator[str]:
+    """A note on large plain texts: that each is one document is seldom meant, and nothing else says so."""
+    sizes = {source.name: source.size for source in corpus.sources if source.kind == "text"}
+    large = [name for name, size in sizes.items() if size > LARGE_TEXT_BYTES]
+    if large and rules.separator is None:
+        name = max(large, key=lambda name: sizes[name])
+        files = counted(len(large), "plain text")
+        cut = " (over 64 MB: about 1 MB)" if sizes[name] > rules.unit_bytes else ""
+        yield (
+            f"{files} of over 1 MB, such as {name} ({sizes[name] / 1e6:,.1f} MB): a text file is one document{cut}; "
+            r"--text-separator '\n\n' cuts it at empty lines"
+        )
 
 
 def split_rule(request: Request, seen: Survey, corpus: Corpus, console: Console) -> SplitRule:
@@ -72,7 +97,11 @@ def encoder_for(request: Request, tokenizer: TextTokenizer, seen: Survey, units:
 
 def rehearse(request: Request, *, console: Console) -> None:
     """`--dry-run`: plan, encode a sample, and say what the preparation would come to. Writes nothing."""
-    corpus, _ = corpus_of(request, console)
+    corpus, identity = corpus_of(request, console)
+    output, complete = look_at(request, corpus, identity)
+    if complete:
+        console.print(f"{output}\nnothing was written", markup=False)
+        return
     units = plan_units(corpus.sources, request.rules)
     seen = survey(units, request.rules)
     rule = split_rule(request, seen, corpus, console)
@@ -86,21 +115,24 @@ def rehearse(request: Request, *, console: Console) -> None:
     else:
         outlook = (
             f"tokens: about {found.tokens:,}; disk: about {found.disk_bytes / 1e6:,.1f} MB; "
-            f"encoding: about {found.seconds:,.0f} s with {request.workers} workers"
+            f"encoding: about {found.seconds:,.0f} s with {counted(request.workers, 'worker')}"
         )
     for line in (
-        f"{len(corpus.sources):,} inputs, {len(units):,} units, about {size / 1e6:,.1f} MB of text",
+        f"{counted(len(corpus.sources), 'input')}, {counted(len(units), 'unit')}, about {size / 1e6:,.1f} MB of text",
         f"split: {rule.describe()}",
         f"encoder: {encoder.backend}" + (f" ({reason})" if reason else ""),
         outlook,
         f"free on the disk: {free_bytes(request.output) / 1e6:,.1f} MB",
+        output,
         "nothing was written",
     ):
         console.print(line, markup=False)
+    done = finished_units(request.output)
+    todo = sum(unit.size for unit in units if unit.number not in done) / max(size, 1)
+    if not unmade:
+        refuse_small_disk(existing(request.output), int(found.disk_bytes * todo))
 
 
 def free_bytes(folder: Path) -> int:
     """Room on the disk of a folder that may not exist yet."""
-    while not folder.exists():
-        folder = folder.resolve().parent
-    return shutil.disk_usage(folder).free
+    return shutil.disk_usage(existing(folder)).free

@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pipeline.data.manifest import InputInfo
 from pipeline.data.preparing.unit import UnitReport, report_path
 from pipeline.files import write_durably
 
@@ -22,13 +23,14 @@ LEDGER_NAME = "ledger.jsonl"
 
 
 class LedgerHeader(BaseModel):
-    """What the units of a ledger were made for."""
+    """What the units of a ledger were made for, and of which inputs (older ledgers do not name them)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     settings: dict[str, Any]
     inputs_digest: str
     tokenizer_fingerprint: str
+    inputs: tuple[InputInfo, ...] = ()
 
 
 class StreamEnd(BaseModel):

@@ -42,7 +42,14 @@ from pipeline.data.preparing.ledger import (
     unrecorded,
 )
 from pipeline.data.preparing.progress import UnitProgress
-from pipeline.data.preparing.request import Request, complete_manifest, refuse_foreign, sizes_agree
+from pipeline.data.preparing.request import (
+    Request,
+    complete_manifest,
+    input_changes,
+    input_infos,
+    refuse_foreign,
+    sizes_agree,
+)
 from pipeline.data.preparing.survey import estimate, refuse_small_disk, survey
 from pipeline.data.preparing.unit import UnitReport, UnitSettings, keep_encoder, prepare_unit, report_path
 from pipeline.data.reading.corpus import Corpus, changed_since
@@ -67,11 +74,13 @@ def prepare(request: Request, *, console: Console) -> Manifest | None:
     with _disk_errors(request.output):
         corpus, identity = corpus_of(request, console)
         with _writing(request):
-            refuse_foreign(request.output, identity)
+            refuse_foreign(request.output, identity, corpus)
             complete = complete_manifest(request.output, corpus)
             if complete:
                 console.print(f"already complete: {request.output}", markup=False)
                 return complete
+            for change in input_changes(request.output, corpus):
+                console.print(f"inputs {change}", markup=False)
             try:
                 return _Preparation(request, corpus, identity, console).run()
             except KeyboardInterrupt:
@@ -127,7 +136,10 @@ class _Preparation:
             allow_failed=request.allow_failed,
         )
         self.header = LedgerHeader(
-            settings=identity, inputs_digest=self._inputs_digest, tokenizer_fingerprint=tokenizer.fingerprint
+            settings=identity,
+            inputs_digest=self._inputs_digest,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            inputs=input_infos(corpus),
         )
         self.done: dict[tuple[int, int], UnitReport] = {}
         self.ends: dict[int, StreamEnd] = {}

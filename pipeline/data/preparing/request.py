@@ -1,10 +1,13 @@
 """What the user asked for, and whether an output folder already answers it.
 
-In: the settings of the command line. Out: their identity, and the refusal of a folder made for another.
+In: the settings of the command line. Out: their identity, what they find in the folder, and the refusal of one that
+was made for another.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,12 +24,16 @@ from pipeline.data.manifest import (
     read_manifest,
 )
 from pipeline.data.preparing.encoder import Backend
-from pipeline.data.preparing.ledger import headers
+from pipeline.data.preparing.ledger import headers, ledgers, unrecorded
+from pipeline.data.preparing.unit import UnitReport
 from pipeline.data.reading.corpus import Corpus, is_unicode
 from pipeline.data.reading.formats import TextRules
 from pipeline.data.tokenizer import TextTokenizer, check_tokenizer_name
-from pipeline.errors import UserError
-from pipeline.locks import LOCK_NAME
+from pipeline.errors import UserError, counted
+from pipeline.locks import LOCK_NAME, refuse_held
+
+_NAMED = 5
+"""Inputs named in a message."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +105,52 @@ class Request:
         }
 
 
-def refuse_foreign(output: Path, identity: dict[str, Any]) -> None:
-    """Refuse a folder that something else made, or this program with other settings."""
+def look_at(request: Request, corpus: Corpus, identity: dict[str, Any]) -> tuple[str, bool]:
+    """What a preparation would find in its output, in words, and whether it is complete. Writes nothing.
+
+    Raises what the preparation would: the folder cannot be written, is held, or was made for something else.
+    """
+    output = request.output
+    if not output.exists():
+        check_writable(output)
+        return f"output: {output} is yet to be made", False
+    check_writable(output)
+    own = [LOCK_NAME] + ([f"{LOCK_NAME}-{request.share[0]}-of-{request.share[1]}"] if request.share else [])
+    for name in own if request.share else sorted(path.name for path in output.glob(f"{LOCK_NAME}*")):
+        refuse_held(output, name=name)
+    refuse_foreign(output, identity, corpus)
+    if complete_manifest(output, corpus):
+        return f"output: {output} is complete already and would be left as it is", True
+    done = finished_units(output)
+    changed = "; ".join(input_changes(output, corpus))
+    begun = f"{counted(len(done), 'unit')} finished earlier would be kept" if done else "nothing to go on from"
+    return f"output: {output}, {begun}" + (f", but for inputs {changed}" if done and changed else ""), False
+
+
+def check_writable(output: Path) -> None:
+    """Raise `UserError` when a folder cannot be made or written there."""
+    there = existing(output)
+    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+        return
+    reason = f"no permission to write into {there}" if there.is_dir() else f"{there} is a file"
+    raise UserError(f"cannot write to {output}: {reason}; choose another --output")
+
+
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    while not path.exists():
+        path = path.resolve().parent
+    return path
+
+
+def finished_units(output: Path) -> set[int]:
+    """Numbers of the units that an earlier run finished, whatever has changed since."""
+    entries = [entry for ledger in ledgers(output) for entry in ledger.read()[1]]
+    return {entry.unit for entry in [*entries, *unrecorded(output)] if isinstance(entry, UnitReport)}
+
+
+def refuse_foreign(output: Path, identity: dict[str, Any], corpus: Corpus) -> None:
+    """Refuse a folder that something else made, or this program with other settings or inputs."""
     ours = ("ledger", LOCK_NAME)  # and what begins so: temporary files, the ledgers and locks of shares
     # looked for first: another share that begins just now writes its ledger before anything else
     others = sorted(entry.name for entry in output.iterdir() if not entry.name.startswith(ours))
@@ -116,8 +167,38 @@ def refuse_foreign(output: Path, identity: dict[str, Any]) -> None:
         if recorded.get(key) != identity.get(key)
     ]
     if different:
-        remedy = "choose another --output, or remove this folder to start over"
-        raise UserError(f"{output} was made with other settings:\n" + "\n".join(different) + f"\n{remedy}")
+        named = "; ".join(input_changes(output, corpus))
+        different = [f"  inputs {named}" if named and line.startswith("  inputs:") else line for line in different]
+        remedy = "choose another --output (pretrain.py trains on several datasets: data.sources), or remove this folder"
+        raise UserError(
+            f"{output} was made with other settings:\n" + "\n".join(different) + f"\n{remedy} to start over"
+        )
+
+
+def input_changes(output: Path, corpus: Corpus) -> list[str]:
+    """Which inputs were added, removed and changed since the output was begun; nothing where none are recorded."""
+    before = {info.name: info.fingerprint for info in _recorded_inputs(output)}
+    now = {source.name: source.fingerprint for source in corpus.sources}
+    if not before:
+        return []
+    changes = {
+        "added": [name for name in now if name not in before],
+        "removed": [name for name in before if name not in now],
+        "changed": [name for name in now if name in before and now[name] != before[name]],
+    }
+    return [f"{what}: {_few(names)}" for what, names in changes.items() if names]
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+def _recorded_inputs(output: Path) -> Sequence[InputInfo]:
+    """The inputs that an output was made of, or that it was begun with."""
+    manifest = _manifest(output, vouched=True)
+    found: Iterable[Sequence[InputInfo]] = (header.inputs for header in headers(output) if header.inputs)
+    return manifest.inputs if manifest else next(iter(found), ())
 
 
 def complete_manifest(output: Path, corpus: Corpus) -> Manifest | None:
