@@ -1,30 +1,81 @@
-"""What the launch scripts submit does what they say."""
+"""The launch scripts do what they say, and the manifests are what their readers take."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+
+from launch.ranks import exit_code
 from pipeline.data.dataset import open_dataset
+from pipeline.errors import EXIT_STOPPED, EXIT_USER_ERROR
+from pipeline.train.status import Status
+from tests.support import end_tree, tiny_settings, write_config
 
 ROOT = Path(__file__).parents[1]
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 SBATCH = """#!/bin/sh
 for argument; do printf '%s\\0' "$argument"; done >> "$JOBS"; printf '\\n' >> "$JOBS"
 echo 4711
 """
+SCONTROL = """#!/bin/sh
+if [ "$1" = show ]; then printf 'node07\\nnode08\\n'; else echo "$*" >> "$FOLDER/requeued"; fi
+"""
+# A step that ends with the code of its first argument; at a signal with 75, half a second later, as one that saves.
+SRUN = """#!/bin/bash
+trap 'sleep 0.5; exit 75' USR1
+printf '%s\\n' "$HEAD $NODES" "$@" > "$FOLDER/called"
+[ "${!#}" = run ] || exit "${!#}"
+for i in $(seq 200); do sleep 0.05; done
+"""
+# "finished" beside a torchrun that failed: it lost the other nodes when they had left
+CODES = {
+    (0, "finished", 0, False): 0,
+    (1, "finished", 0, False): 0,
+    (0, "stopped", 75, True): 75,
+    (0, "stopped", 75, False): 75,
+    (1, "stopped", 75, True): 75,
+    (1, "failed", 2, False): 2,
+    (1, "failed", 124, True): 124,
+    (0, "failed", 1, False): 1,
+    (1, "running", None, False): 1,
+    (0, "running", None, True): 1,
+    (-9, "running", None, True): 137,
+    (1, None, None, False): 1,
+    (0, None, None, False): 0,
+    (1, None, None, True): 75,
+    (-15, None, None, False): 143,
+}
+
+
+def commands(folder: Path, **programs: str) -> dict[str, str]:
+    """An environment in which these programs stand before the machine's, and this environment's before both."""
+    folder.mkdir(exist_ok=True)
+    for name, text in programs.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    path = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "FOLDER": str(folder), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def test_the_array_job_prepares_what_one_machine_does(tmp_path: Path) -> None:
     """A stand-in for sbatch notes the jobs; their commands are then run as SLURM would, the tasks in reverse."""
     (tmp_path / "a corpus.jsonl").write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(300)))
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "sbatch").write_text(SBATCH)
-    (tmp_path / "bin" / "sbatch").chmod(0o755)
-    path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "JOBS": str(tmp_path / "jobs")}
+    environment = {**commands(tmp_path / "bin", sbatch=SBATCH), "JOBS": str(tmp_path / "jobs")}
     arguments = [str(tmp_path / "a corpus.jsonl"), "--tokenizer", "bytes", "--val-fraction", "0.1"]
     submit = ["launch/slurm_data_prep.sh", "2", *arguments, "--output", str(tmp_path / "array")]
     subprocess.run(submit, check=True, cwd=ROOT, env=environment, capture_output=True)
@@ -46,8 +97,197 @@ def test_the_array_job_prepares_what_one_machine_does(tmp_path: Path) -> None:
     assert open_dataset(tmp_path / "array").data_digest == open_dataset(tmp_path / "one").data_digest
 
 
-def test_scripts_are_valid_shell() -> None:
-    for script in sorted((ROOT / "launch").glob("*.sh")):
-        checked = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, check=False)
-        assert checked.returncode == 0, checked.stderr
-        assert "set -euo pipefail" in script.read_text(), f"{script.name} would go on after an error"
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_scripts_are_valid_shell(script: Path) -> None:
+    checked = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stderr
+    text = script.read_text()
+    if text.startswith("#!"):
+        assert "set -euo pipefail" in text, "it would go on after an error"
+    assert not re.search(r"--(optim|model|train|data)[.]", text), "hyper-parameters belong into configs"
+
+
+def test_shellcheck_finds_nothing() -> None:
+    program = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if program is None:
+        pytest.skip("shellcheck is not there: its package has no wheel for this machine")
+    checked = subprocess.run([program, "-x", *SCRIPTS], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout
+
+
+def start_job(script: str, what: str, folder: Path) -> tuple[subprocess.Popen[str], Path]:
+    """The batch script, as SLURM starts its copy elsewhere: with stand-ins for what it calls."""
+    environment = commands(folder, srun=SRUN, scontrol=SCONTROL)
+    places = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "node[07-08]", "SLURM_JOB_NUM_NODES": "2"}
+    copy = folder / "slurm_script"
+    shutil.copy(LAUNCH / script, copy)
+    return subprocess.Popen(
+        ["bash", copy, "configs/gpt_124m.yaml", what],
+        cwd=ROOT, env={**environment, **places, "SLURM_CPUS_PER_TASK": "3"}, stdout=subprocess.PIPE, text=True,
+    ), folder  # fmt: skip
+
+
+def catches(pid: int) -> bool:
+    """Whether a process has a handler for SIGUSR1: proc(5), a mask of signals from 1 on."""
+    (mask,) = re.findall(r"^SigCgt:\s*([0-9a-f]+)$", Path(f"/proc/{pid}/status").read_text(), flags=re.MULTILINE)
+    return bool(int(mask, 16) & 1 << (signal.SIGUSR1 - 1))
+
+
+@pytest.mark.parametrize("script", ["slurm.sbatch", "slurm_srun.sbatch"])
+def test_a_job_that_was_stopped_goes_back_into_the_queue_once(script: str, tmp_path: Path) -> None:
+    job, folder = start_job(script, "run", tmp_path)
+    deadline = time.monotonic() + 20
+    while not (folder / "called").exists() or not (folder / "called").read_text() or not catches(job.pid):
+        assert time.monotonic() < deadline, "srun was not called"
+        time.sleep(0.05)
+    job.send_signal(signal.SIGUSR1)
+    said, _ = job.communicate(timeout=20)
+    assert job.returncode == EXIT_STOPPED
+    assert (folder / "requeued").read_text() == "requeue 4711\n"
+    assert "goes back into the queue" in said
+    called = (folder / "called").read_text().splitlines()
+    assert "--cpus-per-task=3" in called, "srun does not take it over from sbatch"
+    assert called[-2:] == ["configs/gpt_124m.yaml", "run"]
+    if script == "slurm.sbatch":
+        assert called[0] == "node07 2"
+        assert "launch/several_nodes.sh" in called
+    else:
+        assert called[-4:-2] == ["python", "pretrain.py"]
+
+
+@pytest.mark.parametrize("script", ["slurm.sbatch", "slurm_srun.sbatch"])
+@pytest.mark.parametrize("code", [0, 1, 2, 124, 137])
+def test_a_job_that_finished_or_failed_ends(script: str, code: int, tmp_path: Path) -> None:
+    job, folder = start_job(script, str(code), tmp_path)
+    job.communicate(timeout=20)
+    assert job.returncode == code
+    assert not (folder / "requeued").exists(), "it would run for ever"
+
+
+@pytest.mark.parametrize("script", ["slurm.sbatch", "slurm_srun.sbatch"])
+def test_batch_scripts_ask_for_what_they_rely_on(script: str) -> None:
+    options = re.findall(r"^#SBATCH --(\S+)$", (LAUNCH / script).read_text(), flags=re.MULTILINE)
+    assert "signal=B:USR1@120" in options, "the batch shell alone, early enough to save"
+    assert {"requeue", "open-mode=append"} <= set(options)
+    assert any(option.startswith("cpus-per-task=") for option in options)
+
+
+@pytest.mark.parametrize("config", sorted(LAUNCH.glob("accelerate_*.yaml")), ids=lambda config: config.stem)
+def test_accelerate_reads_its_configs(config: Path) -> None:
+    """Its own reader refuses keys that it does not know."""
+    found = load_config_from_file(str(config))
+    assert found.distributed_type == "MULTI_GPU", "ranks of torchrun; sharding is ours"
+    assert found.mixed_precision == "no", "train.precision decides"
+    assert found.use_cpu == ("cpu" in config.stem)
+
+
+@pytest.mark.parametrize(("case", "code"), CODES.items(), ids=str)
+def test_the_exit_code_is_what_became_of_the_run(case: tuple[int, Any, int | None, bool], code: int) -> None:
+    launched, word, told, asked = case
+    status = None if word is None else Status(status=word, step=3, exit_code=told, message="")
+    assert exit_code(launched, status, asked=asked) == code
+
+
+def documents() -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text()))
+
+
+def test_the_manifest_is_of_the_api_of_kubeflow_trainer() -> None:
+    """Their models are generated from their API; what they do not know is dropped on the way."""
+    models = pytest.importorskip("kubeflow_trainer_api.models", reason="a development dependency")
+    runtime, job = documents()
+    for document, model in ((runtime, models.TrainerV1alpha1TrainingRuntime), (job, models.TrainerV1alpha1TrainJob)):
+        assert document["apiVersion"] == "trainer.kubeflow.org/v1alpha1"
+        assert model.__name__.endswith(document["kind"])
+        assert model.from_dict(document).to_dict() == document
+    assert job["spec"]["runtimeRef"] == {"kind": runtime["kind"], "name": runtime["metadata"]["name"]}
+
+
+def test_the_manifest_says_what_a_controller_looks_for() -> None:
+    """What no schema tells: names that must meet, and what comes back after which exit code."""
+    template = documents()[0]["spec"]["template"]["spec"]
+    (node,) = template["replicatedJobs"]
+    assert node["template"]["metadata"]["labels"] == {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
+    job = node["template"]["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["name"] == node["name"] == "node", "where the controller puts image, command and PET_* variables"
+    assert pod["restartPolicy"] == "Never", "a pod failure policy needs it"
+    assert pod["terminationGracePeriodSeconds"] >= 120, "a step and a checkpoint"
+    mounts = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in pod["volumes"]}
+    rules = job["podFailurePolicy"]["rules"]
+    codes = {rule["onExitCodes"]["values"][0]: rule["action"] for rule in rules if "onExitCodes" in rule}
+    assert codes == {EXIT_USER_ERROR: "FailJob", EXIT_STOPPED: "Ignore"}
+    assert {rule["onExitCodes"]["containerName"] for rule in rules if "onExitCodes" in rule} == {"node"}
+    (failure,) = template["failurePolicy"]["rules"]
+    assert failure["action"] == "FailJobSet"
+    assert failure["onJobFailureReasons"] == ["PodFailurePolicy"], "the reason of a job that FailJob ended"
+    trainer = documents()[1]["spec"]["trainer"]
+    assert trainer["command"] == ["python", "-m", "launch.ranks", "pretrain.py"]
+    assert (ROOT / trainer["args"][0]).exists()
+
+
+def test_the_image_copies_what_is_there_and_runs_as_nobody_special() -> None:
+    lines = (LAUNCH / "Dockerfile").read_text().splitlines()
+    copied = [source for line in lines if line.startswith("COPY ") for source in line.split()[1:-1]]
+    allowed = {line[1:] for line in (LAUNCH / "Dockerfile.dockerignore").read_text().splitlines() if line[:1] == "!"}
+    assert set(copied) == allowed, "the context holds other files than those that are copied"
+    assert all((ROOT / source).exists() for source in copied)
+    assert {"pipeline", "pretrain.py", "data_prep.py", "sample.py", "launch", "configs"} <= set(copied)
+    (base,) = [line.split()[1] for line in lines if line.startswith("FROM ")]
+    assert "." not in base.split("/")[0] or "/" not in base, "an image by its name, not by a registry's"
+    assert lines.index("USER 1000") > max(number for number, line in enumerate(lines) if line.startswith("RUN "))
+    (entry,) = [json.loads(line.removeprefix("ENTRYPOINT ")) for line in lines if line.startswith("ENTRYPOINT ")]
+    assert os.access(ROOT / entry[0], os.X_OK)
+
+
+@pytest.fixture
+def started() -> Iterator[list[subprocess.Popen[str]]]:
+    """Launches that must not outlive the test."""
+    processes: list[subprocess.Popen[str]] = []
+    yield processes
+    for process in processes:
+        end_tree(process.pid)
+
+
+def launched(
+    started: list[subprocess.Popen[str]], environment: dict[str, str], *command: object
+) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [str(part) for part in command],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    started.append(process)
+    return process
+
+
+def config_of(dataset: Path, folder: Path, *, steps: int) -> Path:
+    """A run on two ranks; few checkpoints, so that stopping has to save one."""
+    settings = tiny_settings(dataset, folder / "run", train={"steps": steps}, checkpoint={"every": 1000})
+    folder.mkdir(exist_ok=True)
+    return write_config(folder / "run.yaml", settings)
+
+
+@pytest.mark.slow
+def test_a_signal_before_the_run_has_begun_is_a_stop(
+    dataset: Path, tmp_path: Path, started: list[subprocess.Popen[str]]
+) -> None:
+    environment = {**commands(tmp_path / "bin"), "RANKS": "2"}
+    launch = launched(started, environment, "launch/one_node.sh", config_of(dataset, tmp_path / "run", steps=12))
+    deadline = time.monotonic() + 60
+    while not children_of(launch.pid) or not catches(launch.pid):
+        assert time.monotonic() < deadline, "torchrun was not started"
+        time.sleep(0.05)
+    (torchrun,) = children_of(launch.pid)
+    launch.send_signal(signal.SIGTERM)
+    printed, _ = launch.communicate(timeout=60)
+    assert launch.returncode == EXIT_STOPPED, printed
+    assert not psutil.pid_exists(torchrun.pid)
+
+
+def children_of(pid: int) -> list[psutil.Process]:
+    try:
+        return list(psutil.Process(pid).children())
+    except psutil.NoSuchProcess:
+        return []

@@ -1,0 +1,120 @@
+"""torchrun and the two things it lacks: patience with a signal, and the run's own exit code.
+
+    python -m launch.ranks TORCHRUN_FLAG... pretrain.py [configs/NAME.yaml] [--section.key VALUE ...]
+
+In: a command line of torchrun that starts pretrain.py. Out: its ranks on this node, and the exit code that
+RUN/status.json tells (docs/launch.md). torchrun gives its ranks 30 s after SIGTERM, then SIGKILL; it dies of
+SIGUSR1, and reports 1 for every other code than 0. Here signals go to the ranks, which end when they have saved.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from pipeline.cli import read_command
+from pipeline.errors import EXIT_STOPPED, UserError, run_command
+from pipeline.train.status import NAME, Status, read_status
+
+SCRIPT = "pretrain.py"
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+ECHO = 2.0  # seconds in which a signal repeats the one before: a cluster may send to a process group and through srun
+
+
+class Agent:
+    """torchrun in a session of its own, so that a terminal's Ctrl-C reaches its ranks once: from here."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self.asked_at: float | None = None  # when it was last asked to stop
+        self.told: set[int] = set()  # ranks that know
+        # torchrun inherits that this one is ignored, and lives on when a cluster sends it to all processes of a job.
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        command = [sys.executable, "-m", "torch.distributed.run", *arguments]
+        self.process = subprocess.Popen(command, start_new_session=True)
+        for number in STOPS:
+            signal.signal(number, self._stop)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        """Ask the ranks of this node to stop; torchrun itself while it has none, for then there is nothing to save."""
+        before, self.asked_at = self.asked_at, time.monotonic()
+        if before is not None and self.asked_at - before < ECHO:
+            return  # a second signal ends a rank at once, and must be meant
+        ranks = self._ranks()
+        for rank in ranks:
+            self.told.add(rank.pid)
+            with suppress(psutil.NoSuchProcess):
+                rank.terminate()  # for any signal: this one also ends what does not handle signals yet
+        if not ranks:
+            self.process.terminate()
+
+    def wait(self) -> int:
+        """torchrun's exit code. What it starts again after a signal (--max-restarts) is ended."""
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                return self.process.wait(timeout=1)
+            if self.asked_at is not None and any(rank.pid not in self.told for rank in self._ranks()):
+                self.process.terminate()
+
+    def _ranks(self) -> list[psutil.Process]:
+        try:
+            ranks: list[psutil.Process] = psutil.Process(self.process.pid).children()
+            return ranks
+        except psutil.NoSuchProcess:  # it has just ended
+            return []
+
+
+def exit_code(launched: int, status: Status | None, *, asked: bool) -> int:
+    """The code of a launch.
+
+    launched: torchrun's; status: what the run has told since this launch, if anything; asked: whether it was to stop.
+    """
+    if status is None:  # it ended before the run began
+        return EXIT_STOPPED if asked else _as_shells_do(launched)
+    if status.status == "stopped":
+        return EXIT_STOPPED
+    if status.status == "finished":
+        return 0  # whatever torchrun met on its way out, when other nodes had left
+    return status.exit_code or _as_shells_do(launched) or 1
+
+
+def _as_shells_do(code: int) -> int:
+    return 128 - code if code < 0 else code
+
+
+def _writing(path: Path) -> tuple[int, int] | None:
+    """What tells one writing of a file from the next, which may say the same."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def main() -> None:
+    """Judge the settings once, start the ranks, and give back what became of the run."""
+    arguments = sys.argv[1:]
+    scripts = [place for place, argument in enumerate(arguments) if Path(argument).name == SCRIPT]
+    if not scripts:
+        raise UserError(
+            f"no {SCRIPT} among the arguments; "
+            f"usage: python -m launch.ranks TORCHRUN_FLAG... {SCRIPT} [CONFIG] [--section.key VALUE ...]"
+        )
+    config, _ = read_command(arguments[scripts[0] + 1 :])
+    run_dir = Path(config.run_dir)
+    before = _writing(run_dir / NAME)
+    agent = Agent(arguments)
+    launched = agent.wait()
+    told = _writing(run_dir / NAME) not in (None, before)
+    raise SystemExit(exit_code(launched, read_status(run_dir) if told else None, asked=agent.asked_at is not None))
+
+
+if __name__ == "__main__":
+    run_command(main)
