@@ -26,6 +26,7 @@ from pipeline.generate.text import Piece, finished, write
 from pipeline.model.hf import hf_eos_ids, is_hf_folder, load_hf
 from pipeline.model.transformer import Decoder
 from pipeline.train.checkpoint import load_model, read_state, resolve_checkpoint
+from pipeline.train.storage import read_bytes
 
 Texts = Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction]
 
@@ -34,8 +35,8 @@ Texts = Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction]
 class Arguments:
     """Continue prompts with a trained model."""
 
-    source: tyro.conf.Positional[Path]
-    """Run folder (its newest checkpoint), checkpoint, or Hugging Face folder."""
+    source: tyro.conf.Positional[str]
+    """Run folder (its newest checkpoint), checkpoint (also an address: s3://...), or Hugging Face folder."""
     prompt: Texts = ()
     """Texts to continue; - is standard input. Without any: piped standard input, or the start of a new document."""
     prompt_file: Path | None = None
@@ -110,15 +111,16 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def load(source: Path, *, device: torch.device) -> tuple[Decoder, TextTokenizer, frozenset[int]]:
+def load(source: str, *, device: torch.device) -> tuple[Decoder, TextTokenizer, frozenset[int]]:
     """Model, tokenizer and the tokens that end a text. Errors: nothing to load, or a tokenizer that is not its own."""
-    if is_hf_folder(source):
-        ends = hf_eos_ids(source)
-        tokenizer = TextTokenizer.from_file(source / "tokenizer.json", eos=min(ends, default=None))
-        return load_hf(source).to(device), tokenizer, ends or frozenset({tokenizer.eos_id})
+    if is_hf_folder(folder := Path(source)):
+        ends = hf_eos_ids(folder)
+        tokenizer = TextTokenizer.from_file(folder / "tokenizer.json", eos=min(ends, default=None))
+        return load_hf(folder).to(device), tokenizer, ends or frozenset({tokenizer.eos_id})
     checkpoint = resolve_checkpoint(source)
     state = read_state(checkpoint)
-    tokenizer = TextTokenizer.from_file(checkpoint / "tokenizer.json", eos=state.tokenizer_eos_id)
+    definition = json.loads(read_bytes(checkpoint / "tokenizer.json"))
+    tokenizer = TextTokenizer.from_definition(definition, origin=str(checkpoint), eos=state.tokenizer_eos_id)
     if tokenizer.fingerprint != state.tokenizer_fingerprint:
         raise UserError(
             f"{checkpoint} was trained with the tokenizer {state.tokenizer_fingerprint[:12]}, but its tokenizer.json "

@@ -223,6 +223,11 @@ class Config(Section):
                     f"train.{stage}batch_tokens {tokens} must be a multiple of model.context_length {context}; "
                     f"nearest: {' or '.join(str(n) for n in (low, low + context) if n)}"
                 )
+        if self.train.micro_batch == "auto" and self.model.dropout:
+            found.append(
+                f"train.micro_batch auto with model.dropout {self.model.dropout:g}: masks are drawn per micro-batch, "
+                "so the run would depend on the memory of the machine; give a number"
+            )
         if self.warmup >= self.horizon and self.optim.schedule != "constant":
             found.append(f"warm-up of {self.warmup} steps leaves nothing of the horizon of {self.horizon} steps")
         stable = self.horizon * (1 - self.optim.decay_fraction)

@@ -1,7 +1,10 @@
 """What a user can get wrong, told in one message.
 
 In: any exception. Out: exit code 0 (done), 1 (done in part: `Unfinished`, one message, or ours to mend: a traceback),
-2 (the user's to mend, one message), 75 (asked to stop, can be continued: `StoppedEarly`), 130 (Ctrl-C).
+2 (the user's to mend, one message), 75 (asked to stop, can be continued: `StoppedEarly`), 130 (Ctrl-C, in commands that
+have nothing to save: training makes it 75). Training has one more: 124, ended by its watch (`train/pulse.py`) because
+there was no progress or another rank failed. Under torchrun a rank that was asked to stop exits with 0, for torchrun
+would start it again; torchrun itself exits with 1 for whatever its ranks fail with.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from difflib import get_close_matches
 EXIT_UNFINISHED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+EXIT_HUNG = 124  # as timeout(1) has it
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again to go on
 
 
@@ -43,21 +47,37 @@ def run_command(main: Callable[[], None]) -> None:
     """Run a script's `main` and turn the user's mistakes into exit codes instead of tracebacks."""
     try:
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(EXIT_USER_ERROR) from None
-    except Unfinished as rest:
-        print(f"unfinished: {rest}", file=sys.stderr)
-        raise SystemExit(EXIT_UNFINISHED) from None
-    except StoppedEarly as stop:
-        print(str(stop), file=sys.stderr)
-        raise SystemExit(EXIT_STOPPED) from None
-    except KeyboardInterrupt:
-        raise SystemExit(EXIT_INTERRUPTED) from None
-    except BrokenPipeError:  # the reader of our output (head, less) went away
+    except BaseException as error:
+        code = tell(error)
+        if code is None:
+            raise
+        raise SystemExit(code) from None
+
+
+def tell(error: BaseException) -> int | None:
+    """Print what a person needs to know of `error`; the exit code, or None where a traceback is due."""
+    code, message = verdict(error)
+    if message:
+        print(message, file=sys.stderr)
+    if isinstance(error, BrokenPipeError):
         sys.stderr.close()
-        raise SystemExit(0) from None
-    except OSError as error:  # a full disk, a folder without permission, a file where a folder was expected
-        where = f" {error.filename}" if error.filename else ""
-        print(f"error: cannot use{where or ' a file'}: {error.strerror or error}", file=sys.stderr)
-        raise SystemExit(EXIT_USER_ERROR) from None
+    return code
+
+
+def verdict(error: BaseException) -> tuple[int | None, str]:
+    """Exit code and message of an error; (None, "") where a traceback is due."""
+    match error:
+        case UserError():
+            return EXIT_USER_ERROR, f"error: {error}"
+        case Unfinished():
+            return EXIT_UNFINISHED, f"unfinished: {error}"
+        case StoppedEarly():
+            return EXIT_STOPPED, str(error)
+        case KeyboardInterrupt():
+            return EXIT_INTERRUPTED, ""
+        case BrokenPipeError():  # the reader of our output (head, less) went away
+            return 0, ""
+        case OSError():  # a full disk, a folder without permission, a file where a folder was expected
+            where = f" {error.filename}" if error.filename else ""
+            return EXIT_USER_ERROR, f"error: cannot use{where or ' a file'}: {error.strerror or error}"
+    return None, ""

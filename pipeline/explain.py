@@ -24,7 +24,7 @@ from pipeline.data.loading.sources import TrainingData, open_sources, reopen
 from pipeline.data.order import share
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError, run_command
-from pipeline.train.checkpoint import list_checkpoints, read_state
+from pipeline.train.checkpoint import checkpoint_folder, list_checkpoints, read_state
 from pipeline.train.state import BatchSizes, rows_of_step
 
 SHOWN_TOKENS, SHOWN_CHARACTERS = 48, 100  # of the text of each document
@@ -102,7 +102,7 @@ def read_course(run: Path) -> Course:
     data = open_sources(config)
     phases: tuple[Phase, ...] = (Phase(row=0, sources=data.described()),)
     batches: tuple[BatchSizes, ...] = (BatchSizes(after=0, row=0, ramp=config.ramp_of_rows),)
-    found = list_checkpoints(run / "checkpoints")
+    found = list_checkpoints(checkpoint_folder(config, run))
     if found:
         state = read_state(found[-1]).continued(data.described(), config.ramp_of_rows)
         phases, batches = state.phases, state.batches

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import tyro
@@ -17,14 +18,15 @@ import tyro
 from pipeline.errors import run_command
 from pipeline.model.hf import save_hf
 from pipeline.train.checkpoint import load_model, read_state, resolve_checkpoint
+from pipeline.train.storage import read_bytes
 
 
 @dataclass(frozen=True)
 class Arguments:
     """Write a trained model as a Hugging Face folder: safetensors, config.json and tokenizer files."""
 
-    source: tyro.conf.Positional[Path]
-    """Run folder (its newest checkpoint) or checkpoint."""
+    source: tyro.conf.Positional[str]
+    """Run folder (its newest checkpoint) or checkpoint; also an address: s3://..."""
     folder: tyro.conf.Positional[Path]
     """Folder to make."""
 
@@ -35,7 +37,10 @@ def main() -> None:
     checkpoint = resolve_checkpoint(arguments.source)
     model, _ = load_model(checkpoint, device=torch.device("cpu"))
     eos_id = read_state(checkpoint).tokenizer_eos_id
-    save_hf(model, arguments.folder, tokenizer_file=checkpoint / "tokenizer.json", eos_id=eos_id)
+    with TemporaryDirectory() as scratch:
+        tokenizer_file = Path(scratch, "tokenizer.json")
+        tokenizer_file.write_bytes(read_bytes(checkpoint / "tokenizer.json"))
+        save_hf(model, arguments.folder, tokenizer_file=tokenizer_file, eos_id=eos_id)
     print(f"{checkpoint} -> {arguments.folder}")
 
 

@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -18,20 +19,29 @@ from typing import Any
 from pipeline.errors import UserError
 
 LOCK_NAME = ".lock"
+LOOK_AGAIN = 0.2  # seconds
 
 
 @contextmanager
-def locked(folder: Path, *, ask_of_other_hosts: bool, name: str = LOCK_NAME) -> Iterator[None]:
+def locked(folder: Path, *, ask_of_other_hosts: bool, name: str = LOCK_NAME, patience: float = 0.0) -> Iterator[None]:
     """Hold the folder against a second process; a lock whose process died is simply taken.
 
     Processes that share a folder by agreement lock different names in it.
 
     Raises `UserError` naming the holder's pid, host and start. Some file systems do not carry locks between
     hosts: with `ask_of_other_hosts` a file left by another host is refused too until it is removed. Without, a job
-    that was killed there and queued again here goes on by itself.
+    that was killed there and queued again here goes on by itself. patience: seconds to wait for another holder's end.
     """
     path = folder / name
-    descriptor = _acquire(path, ask_of_other_hosts=ask_of_other_hosts)
+    until = time.monotonic() + patience
+    while True:
+        try:
+            descriptor = _acquire(path, ask_of_other_hosts=ask_of_other_hosts)
+            break
+        except UserError:
+            if time.monotonic() >= until:
+                raise
+            time.sleep(LOOK_AGAIN)
     holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now(UTC).isoformat("T", "seconds")}
     try:
         os.ftruncate(descriptor, 0)

@@ -24,7 +24,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 import pretrain
 from pipeline.data.preparing.prepare import prepare
 from pipeline.data.preparing.request import Request
-from pipeline.errors import run_command
+from pipeline.train.job import run_job
 
 WORDS = ("the", "a", "of", "to", "and", "in", "that", "it", "is", "was", "he", "for", "on", "are", "as", "with", "his")
 
@@ -168,7 +168,7 @@ def _pretrain_into(arguments: list[str], output: str) -> None:
 def _main(arguments: list[str]) -> None:
     torch.set_num_threads(1)
     sys.argv = ["pretrain.py", *arguments]
-    run_command(pretrain.main)
+    run_job(pretrain.main)
 
 
 def record(run_dir: Path) -> list[dict[str, Any]]:

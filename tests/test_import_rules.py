@@ -30,12 +30,13 @@ FLOORS = {
 DATA_FLOORS = {"": 0, "reading": 1, "exchange": 1, "loading": 2, "deleting": 2, "preparing": 3}  # "": data itself
 MAY_TORCH = {"loader", "objectives"}  # of the data room
 DOORS = {
-    "accelerate": {"train/runtime.py"},
+    "accelerate": {"train/runtime.py", "train/trackers.py"},
     "distributed": {"data/preparing/executors.py"},
     "datasets": {"data/reading/hub.py"},
     "tokenizers": {"data/tokenizer.py"},
     "gigatoken": {"data/preparing/encoder.py"},
     "huggingface_hub": {"data/reading/hub.py", "data/tokenizer_files.py"},
+    "fsspec": {"train/storage.py"},
     "tiktoken": set(),
     "wandb": set(),
     "tensorboard": set(),
@@ -43,7 +44,7 @@ DOORS = {
     "transformers": set(),
     "pickle": set(),
 }
-ENVIRONMENT = {"train/runtime.py", "data/preparing/executors.py"}  # executors sets the thread count of its own workers
+ENVIRONMENT = {"train/launched.py", "data/preparing/executors.py"}  # executors sets the thread count of its own workers
 
 
 def modules() -> list[Path]:

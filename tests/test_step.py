@@ -16,10 +16,11 @@ from pipeline.data.loading.blend import Phase
 from pipeline.data.loading.loader import Loader
 from pipeline.data.loading.sources import TrainingData, open_sources
 from pipeline.errors import UserError
-from pipeline.model.transformer import Decoder, build_model, initialise
+from pipeline.model.transformer import Decoder, build_model
 from pipeline.train.optim import build_optimizer
+from pipeline.train.parallel import Parallel, parallelise
 from pipeline.train.runtime import Runtime
-from pipeline.train.step import Trainer, evaluate
+from pipeline.train.step import Evaluation, LossScale, Trainer, evaluate, naming_memory
 from tests.support import make_dataset
 
 
@@ -42,12 +43,16 @@ def data_of(dataset: Path, config: Config) -> TrainingData:
 def make(dataset: Path, config: Config, *, precision: torch.dtype = torch.float32) -> tuple[Decoder, Trainer]:
     runtime = dataclasses.replace(Runtime.start(config), precision=precision)
     data = data_of(dataset, config)
-    model = build_model(config.model, n_tokens=data.vocab_size)
-    initialise(model, seed=1)
+    parallel = parallelise(config, n_tokens=data.vocab_size, runtime=runtime)
     loader = Loader(data.blend([Phase(row=0, sources=data.described())]), config, rank=0, world_size=1)
-    optimizer = build_optimizer(model, config.optim)
-    clip = config.optim.clip_norm
-    return model, Trainer(model, optimizer, loader=loader, runtime=runtime, clip_norm=clip, seed=config.seed)
+    optimizer = build_optimizer(parallel.model, config.optim)
+    return parallel.model, Trainer(parallel, optimizer, loader=loader, runtime=runtime, config=config)
+
+
+def evaluated(parallel: Parallel, validation: Any, *, runtime: Runtime, tokens: int | None) -> Evaluation:
+    found = evaluate(parallel, validation, runtime=runtime, tokens=tokens)
+    assert found is not None
+    return found
 
 
 def test_loss_and_gradient_are_means_over_all_targets(dataset: Path) -> None:
@@ -94,6 +99,40 @@ def test_an_update_that_is_not_finite_is_refused_and_changes_nothing(dataset: Pa
     assert not trainer.optimizer.state
 
 
+def test_skipping_leaves_the_update_out_and_counts(dataset: Path) -> None:
+    """Once more than `max_skips` stops; what is skipped leaves weights, moments and their count as they were."""
+    train: dict[str, Any] = {"on_nonfinite": "skip", "max_skips": 2}
+    model, trainer = make(dataset, settings(train=train))
+    batch = trainer.loader.batch(0, 8)
+    trainer.step(batch, step=1, lr=1e-3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    weight = model.embedding.tokens.weight
+    for step in (2, 3):
+        with torch.no_grad():
+            kept = weight[ord("e")].clone()
+            weight[ord("e")] = math.inf
+        result = trainer.step(batch, step=step, lr=1e-3)
+        assert result.skipped
+        assert not math.isfinite(result.loss)
+        with torch.no_grad():
+            weight[ord("e")] = kept
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    result = trainer.step(batch, step=4, lr=1e-3)
+    assert (result.skipped, trainer.skipped) == (False, 2)
+    assert {int(trainer.optimizer.state[p]["step"]) for p in trainer.parameters} == {2}
+    with torch.no_grad():
+        weight[ord("e")] = math.inf
+    with pytest.raises(UserError, match="step 5"):
+        trainer.step(batch, step=5, lr=1e-3)
+
+
+def test_a_step_tells_that_the_run_was_asked_to_stop(dataset: Path) -> None:
+    _, trainer = make(dataset, settings())
+    asked: list[bool] = [False, True]
+    trainer.stop = lambda: asked.pop(0)
+    assert [trainer.step(trainer.loader.batch(0, 8), step=step, lr=1e-3).stop for step in (1, 2)] == [False, True]
+
+
 def test_fp16_overflow_repeats_the_batch_at_a_smaller_scale(dataset: Path) -> None:
     _, calm = make(dataset, settings(), precision=torch.float16)
     _, wild = make(dataset, settings(), precision=torch.float16)
@@ -119,12 +158,54 @@ def test_loss_scale_goes_on_where_it_was(dataset: Path) -> None:
     assert plain.loss_scale() == {}
 
 
+def test_the_loss_scale_goes_up_and_down_by_twos() -> None:
+    scale = LossScale()
+    for _ in range(1999):
+        scale.passed()
+    assert scale == LossScale(2.0**16, passes=1999)
+    scale.passed()
+    assert scale == LossScale(2.0**17, passes=0)
+    scale.passed()
+    assert scale.lower()
+    assert scale == LossScale(2.0**16, passes=0)
+    assert not LossScale(1.0).lower()
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_running_out_of_memory_names_what_would_fit(error: RuntimeError) -> None:
+    with (
+        pytest.raises(
+            UserError, match=r"micro-batch of 12(.|\n)*train\.micro_batch to 6(.|\n)*full or parallel.strategy fsdp"
+        ),
+        naming_memory(settings(), rows=12),
+    ):
+        raise error
+    with pytest.raises(UserError, match="micro-batch of 1") as told, naming_memory(settings(), rows=1):
+        raise error
+    assert "micro_batch" not in str(told.value)
+    with pytest.raises(RuntimeError, match="another"), naming_memory(settings(), rows=1):
+        raise RuntimeError("another")
+
+
+def test_evaluation_is_given_up_between_batches_when_asked_to_stop(dataset: Path) -> None:
+    config = settings()
+    _, trainer = make(dataset, config)
+    validation = data_of(dataset, config).validation(config, rank=0, world_size=1)
+    asked: list[bool] = [False, True, True]
+    found = evaluate(trainer.parallel, validation, runtime=trainer.runtime, tokens=None, stop=lambda: asked.pop(0))
+    assert found is None
+    assert asked == [True]
+    assert trainer.parallel.model.training
+
+
 def test_evaluation_is_the_mean_over_every_validation_token(dataset: Path) -> None:
     config = settings()
     model, trainer = make(dataset, config)
     data = data_of(dataset, config)
     validation = data.validation(config, rank=0, world_size=1)
-    found = evaluate(model, validation, runtime=trainer.runtime, tokens=None)
+    found = evaluated(trainer.parallel, validation, runtime=trainer.runtime, tokens=None)
     split = data.sources[0].dataset.split("val")
     stream = torch.from_numpy(split.tokens(0, split.n_tokens).astype("int64"))
     nats, targets = 0.0, 0
@@ -137,7 +218,7 @@ def test_evaluation_is_the_mean_over_every_validation_token(dataset: Path) -> No
     assert found.loss == pytest.approx(nats / targets, rel=1e-6)
     in_bytes = found.loss / math.log(2) * split.n_tokens / split.text_bytes
     assert found.bits_per_byte == pytest.approx(in_bytes)
-    part = evaluate(model, validation, runtime=trainer.runtime, tokens=100)
+    part = evaluated(trainer.parallel, validation, runtime=trainer.runtime, tokens=100)
     assert part.targets == 128  # whole windows
     assert model.training
 
@@ -148,7 +229,9 @@ def test_packed_evaluation_is_every_document_alone(dataset: Path) -> None:
     config = settings(data=data, model={"context_length": 1024}, train={"batch_tokens": 8192})
     model, trainer = make(dataset, config)
     opened = data_of(dataset, config)
-    found = evaluate(model, opened.validation(config, rank=0, world_size=1), runtime=trainer.runtime, tokens=None)
+    found = evaluated(
+        trainer.parallel, opened.validation(config, rank=0, world_size=1), runtime=trainer.runtime, tokens=None
+    )
     split = opened.sources[0].dataset.split("val")
     nats, targets, start = 0.0, 0, 0
     for length in split.lengths.tolist():
@@ -163,10 +246,10 @@ def test_evaluation_of_a_blend_weighs_targets_and_names_each(dataset: Path, tmp_
     other = make_dataset(tmp_path / "other", documents=60, seed=4)
     sources = [{"path": str(folder)} for folder in (dataset, other)]
     config = settings(data={"path": None, "sources": sources})
-    model, trainer = make(dataset, settings())
+    _, trainer = make(dataset, settings())
     sets = open_sources(config).validation(config, rank=0, world_size=1)
-    together = evaluate(model, sets, runtime=trainer.runtime, tokens=None)
-    alone = [evaluate(model, [one], runtime=trainer.runtime, tokens=None) for one in sets]
+    together = evaluated(trainer.parallel, sets, runtime=trainer.runtime, tokens=None)
+    alone = [evaluated(trainer.parallel, [one], runtime=trainer.runtime, tokens=None) for one in sets]
     assert together.sources == {"dataset": alone[0].loss, "other": alone[1].loss}
     assert together.targets == sum(one.targets for one in alone)
     assert together.loss == pytest.approx(sum(one.loss * one.targets for one in alone) / together.targets)

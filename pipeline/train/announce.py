@@ -10,33 +10,39 @@ from pipeline.data.loading.blend import Blend
 from pipeline.data.loading.loader import Loader
 from pipeline.data.loading.rows import Concat, Plan
 from pipeline.data.loading.sources import TrainingData
-from pipeline.model.transformer import Decoder, count_parameters
+from pipeline.errors import UserError
+from pipeline.model.transformer import count_parameters
 from pipeline.train.optim import learning_rate
+from pipeline.train.parallel import Parallel
 from pipeline.train.runtime import Runtime
 from pipeline.train.state import TrainState
+from pipeline.train.store import DiskNeeds
 
 
 def announce(
     config: Config,
     state: TrainState,
     *,
-    model: Decoder,
+    parallel: Parallel,
     loader: Loader,
     data: TrainingData,
     blend: Blend,
+    needs: DiskNeeds,
     runtime: Runtime,
 ) -> None:
-    """Say what is about to happen."""
+    """Say what is about to happen. Errors: no room for the checkpoints."""
     last = config.total_steps
     rates = ", ".join(
         f"{learning_rate(s, config):.2e} at {s}" for s in sorted({state.step + 1, config.warmup or 1, last})
     )
-    runtime.say(f"{count_parameters(model):,} parameters; {runtime.describe()}")
+    runtime.say(f"{count_parameters(parallel.model):,} parameters; {runtime.describe()}")
+    runtime.say(f"strategy: {parallel.strategy} ({parallel.why})")
     runtime.say(_batch(config, loader, runtime))
     rows = max(sum(state.rows_of(last)), state.rows)
     runtime.say(f"{last:,} steps = {rows * config.model.context_length:,} tokens; learning rate {rates}")
     for line in _datasets(config, data, blend, rows=rows):
         runtime.say(line)
+    runtime.say(_disk(config, needs))
 
 
 def _batch(config: Config, loader: Loader, runtime: Runtime) -> str:
@@ -50,6 +56,17 @@ def _batch(config: Config, loader: Loader, runtime: Runtime) -> str:
         f"{first}{runtime.world_size} ranks x {accumulation} accumulated x {micro} sequences x {context} tokens "
         f"= {config.train.batch_tokens:,} tokens ({rows} sequences)"
     )
+
+
+def _disk(config: Config, needs: DiskNeeds) -> str:
+    """What the checkpoints take. Errors: more than there is."""
+    free = "" if needs.free is None else f", {needs.free / 1e9:,.2f} GB are free"
+    text = f"checkpoints: {needs.checkpoint / 1e9:,.3f} GB each, at most {needs.at_once} at once; "
+    text += f"{needs.needed / 1e9:,.2f} GB more needed{free}"
+    if not needs.fits:
+        folder = config.checkpoint.folder or config.run_dir
+        raise UserError(f"{text}\n  make room at {folder}, or lower checkpoint.keep or raise checkpoint.keep_every")
+    return text
 
 
 def _datasets(config: Config, data: TrainingData, blend: Blend, *, rows: int) -> list[str]:

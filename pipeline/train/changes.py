@@ -6,7 +6,6 @@ In: the settings and the data now, and those of the checkpoint. Out: nothing, or
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, resolved
@@ -15,6 +14,7 @@ from pipeline.data.loading.blend import Phase
 from pipeline.data.loading.sources import TrainingData
 from pipeline.errors import UserError
 from pipeline.train.checkpoint import read_config, read_state
+from pipeline.train.storage import Location
 
 # Sections whose change makes it another run; what may change freely is the rest of the run's surroundings.
 FIXED = ("seed", "data", "model", "objective")
@@ -30,7 +30,7 @@ BY_DIGEST = ("path", "sources", *Origin.model_fields)
 
 
 def refuse_another_run(
-    checkpoint: Path, config: Config, data: TrainingData, *, precision: str, say: Callable[[str], None]
+    checkpoint: Location, config: Config, data: TrainingData, *, precision: str, say: Callable[[str], None]
 ) -> None:
     """Raise unless a run of these settings may go on from `checkpoint`; `say` tells what changed and is allowed."""
     state = read_state(checkpoint)
@@ -72,7 +72,7 @@ def refuse_another_run(
         say(f"changed on resuming: {line}")
 
 
-def _data_changes(before: Phase, checkpoint: Path, config: Config, data: TrainingData) -> dict[str, str]:
+def _data_changes(before: Phase, checkpoint: Location, config: Config, data: TrainingData) -> dict[str, str]:
     """Other weights, and with `checkpoint.allow_changes` other datasets."""
     now = Phase(row=0, sources=data.described())
     if before.shares() == now.shares():

@@ -1,203 +1,119 @@
 """Checkpoints: a folder that bears its final name only when it is complete and verified.
 
-    step-00001000/model/*.safetensors       weights under the plain model's names
-                  optimizer/*.safetensors   moments, named <parameter>.<moment>
+    step-00001000/model/00001-of-00004.safetensors       weights under the plain model's names
+                  optimizer/00001-of-00004.safetensors   moments, named <parameter>.<moment>
                   state.json  config.yaml  tokenizer.json
-                  manifest.json             size and xxh3-128 of every file, written last
+                  manifest.json                          size and xxh3-128 of every file, written last
 
-In: a model, its optimizer, a `TrainState`. Out: that folder, or the state read back from it on any number of
-ranks. Tensors go through `torch.distributed.checkpoint` into safetensors; nothing is pickled.
+In: such a folder, a model, its optimizer. Out: what they hold, on any number of ranks and under any strategy, whatever
+wrote it. `store` writes them, `pieces` says which rank writes and reads what, `storage` where they lie.
 """
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import re
-import shutil
 import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from itertools import count
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-import xxhash
 import yaml
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
-from pipeline.cli import config_from_values, read_yaml
-from pipeline.config import Config, resolved
+from pipeline.cli import config_from_values
+from pipeline.config import Config
 from pipeline.errors import UserError, nearest
-from pipeline.files import fsync_folder
 from pipeline.model.transformer import Decoder, build_model
-from pipeline.train.runtime import Runtime
+from pipeline.train.pieces import Piece, StoredTensor, check_fit, read_headers, read_tensor
 from pipeline.train.state import FORMAT, TrainState
-
-_NAME = re.compile(r"step-(\d{8,})")
-
-
-class CheckpointStore:
-    """The checkpoints of one run."""
-
-    def __init__(self, folder: Path, config: Config, *, tokenizer_json: bytes, runtime: Runtime) -> None:
-        self.folder = folder
-        self.config = config
-        self.tokenizer_json = tokenizer_json
-        self.runtime = runtime
-
-    def clean(self) -> None:
-        """Remove what a killed process left under temporary names; never anything else."""
-        if self.runtime.is_main and self.folder.is_dir():
-            for leftover in sorted(self.folder.glob(".step-*.partial")) + sorted(self.folder.glob(".step-*.removed")):
-                shutil.rmtree(leftover)
-
-    def newest(self) -> Path | None:
-        """The newest checkpoint that verifies, on every rank; see `newest_intact`.
-
-        Damaged ones are set aside as `step-N.damaged`, where retention does not count them.
-        """
-        chosen = newest_intact(self.folder, warn=self.runtime.say)
-        self.runtime.barrier()  # every rank has looked before anything is renamed
-        if chosen is not None and self.runtime.is_main:
-            for damaged in list_checkpoints(self.folder):
-                if step_of(damaged) > step_of(chosen):
-                    names = (damaged.with_name(f"{damaged.name}.damaged{number or ''}") for number in count())
-                    damaged.rename(next(name for name in names if not name.exists()))
-        return chosen
-
-    def save(self, state: TrainState, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> Path:
-        """Write, verify, rename, then apply retention. Errors: a full disk, weights that are not finite.
-
-        Whatever fails, the checkpoints written before are untouched and nothing bears a final name.
-        """
-        final = self.folder / f"step-{state.step:08d}"
-        partial = self.folder / f".{final.name}.partial"
-        try:
-            if self.runtime.is_main:
-                self._begin(partial, model, optimizer)
-            self.runtime.barrier()
-            _write_tensors(partial / "model", dict(model.state_dict()))
-            _write_tensors(partial / "optimizer", optimizer_tensors(model, optimizer))
-            self.runtime.barrier()
-            if self.runtime.is_main:
-                self._commit(partial, final, state)
-        except (OSError, CheckpointException) as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(self._explain(error, final)) from error
-        if self.runtime.is_main:
-            self._retain()
-        self.runtime.barrier()
-        return final
-
-    def _begin(self, partial: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        for name, parameter in model.named_parameters():
-            if not parameter.isfinite().all():
-                raise UserError(f"{name} has values that are not finite: no checkpoint is written of such weights")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        needed = sum(t.nbytes for t in (*model.state_dict().values(), *optimizer_tensors(model, optimizer).values()))
-        free = shutil.disk_usage(self.folder).free
-        if free < needed * 1.01:
-            raise OSError(errno.ENOSPC, f"{needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free")
-        shutil.rmtree(partial, ignore_errors=True)
-        for part in ("model", "optimizer"):
-            (partial / part).mkdir(parents=True)
-
-    def _commit(self, partial: Path, final: Path, state: TrainState) -> None:
-        (partial / "state.json").write_text(state.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        text = yaml.safe_dump(resolved(self.config), sort_keys=False)
-        (partial / "config.yaml").write_text(text, encoding="utf-8")
-        (partial / "tokenizer.json").write_bytes(self.tokenizer_json)
-        files = {str(path.relative_to(partial)): _fingerprint(path, sync=True) for path in _files(partial)}
-        manifest = partial / "manifest.json"
-        manifest.write_text(json.dumps({"format": FORMAT, "files": files}, indent=2) + "\n", encoding="utf-8")
-        _fingerprint(manifest, sync=True)
-        for folder in (partial / "model", partial / "optimizer", partial):
-            fsync_folder(folder)
-        faults = verify(partial)
-        if faults:
-            raise OSError(errno.EIO, "what was written does not read back: " + "; ".join(faults))
-        partial.rename(final)
-        fsync_folder(self.folder)
-
-    def _retain(self) -> None:
-        """Keep the newest `keep` and, for ever, multiples of `keep_every`."""
-        milestone = self.config.checkpoint.keep_every
-        for old in list_checkpoints(self.folder)[: -self.config.checkpoint.keep]:
-            if milestone is None or step_of(old) % milestone:
-                removed = old.with_name(f".{old.name}.removed")  # renamed first: no half-deleted final name
-                old.rename(removed)
-                shutil.rmtree(removed)
-
-    def _explain(self, error: BaseException, final: Path) -> str:
-        last = list_checkpoints(self.folder)
-        safe = f"the last intact checkpoint is {last[-1]}" if last else "there is no earlier checkpoint"
-        reason = error.strerror if isinstance(error, OSError) else str(error).strip().splitlines()[-1]
-        return f"could not save {final}: {reason}\n  {safe}; make room and run the same command again"
+from pipeline.train.storage import (
+    MANIFEST,
+    Location,
+    Shelf,
+    entries,
+    fingerprint,
+    is_file,
+    is_folder,
+    locate,
+    names_a_checkpoint,
+    read_bytes,
+    read_manifest,
+)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's moments as {<parameter>.<moment>: tensor}, created as zeros where there was no step yet."""
+    """What the optimizer holds per parameter, {<parameter>.<moment>: tensor}; nothing before its first update.
+
+    Counts of updates are left out: state.json has them.
+    """
     found = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            moments = optimizer.state[parameter]
-            if not moments:
-                moments.update(
-                    step=torch.zeros((), dtype=torch.float32, device=parameter.device),
-                    exp_avg=torch.zeros_like(parameter, requires_grad=False),
-                    exp_avg_sq=torch.zeros_like(parameter, requires_grad=False),
-                )
-            found.update({f"{name}.{key}": value for key, value in moments.items() if key != "step"})
+    for name, parameter in _parameters(model).items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor) and value.dim():
+                assert value.shape == parameter.shape, f"{name}.{key} is {value.shape}, its parameter {parameter.shape}"
+                found[f"{name}.{key}"] = value
     return found
 
 
-def restore(checkpoint: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
-    """Read weights and moments in place; the count of updates comes from state.json."""
-    state = read_state(checkpoint)
-    _read_tensors(checkpoint / "model", dict(model.state_dict()))
-    _read_tensors(checkpoint / "optimizer", optimizer_tensors(model, optimizer))
-    for moments in optimizer.state.values():
-        moments["step"].fill_(float(state.step))
+def restore(checkpoint: Location, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
+    """Read weights and moments in place, each rank its rows only; the count of updates comes from state.json.
+
+    Moments are made as the checkpoint has them, so an optimizer needs none before. Errors: anything that does not fit.
+    """
+    state = restore_weights(checkpoint, model=model)
+    weights = read_headers(checkpoint / "model")
+    moments = read_headers(checkpoint / "optimizer")
+    targets = _make_moments(moments, weights, model=model, optimizer=optimizer, updates=state.updates)
+    _read_tensors(moments, targets, where=checkpoint)
     return state
 
 
-def load_model(checkpoint: Path, *, device: torch.device) -> tuple[Decoder, Config]:
+def restore_weights(checkpoint: Location, *, model: nn.Module) -> TrainState:
+    """Read weights in place, each rank its rows only. Errors: anything that does not fit."""
+    _read_tensors(read_headers(checkpoint / "model"), _weights(model), where=checkpoint)
+    return read_state(checkpoint)
+
+
+def load_model(checkpoint: Location, *, device: torch.device) -> tuple[Decoder, Config]:
     """The trained model of a checkpoint folder, in float32 and evaluation mode, on one process."""
     config = read_config(checkpoint)
     model = build_model(config.model, n_tokens=read_state(checkpoint).n_tokens).to(device)
-    _read_tensors(checkpoint / "model", dict(model.state_dict()))
+    _read_tensors(read_headers(checkpoint / "model"), _weights(model), where=checkpoint)
     return model.eval(), config
 
 
-def resolve_checkpoint(path: Path) -> Path:
-    """A checkpoint folder itself, or the newest intact checkpoint of a run folder."""
-    if not path.is_dir():
-        siblings = sorted(str(p) for p in path.parent.glob("*")) if path.parent.is_dir() else []
-        raise UserError(f"no folder {path}{nearest(str(path), siblings)}")
-    if _NAME.fullmatch(path.name) or (path / "state.json").is_file():
-        faults = verify(path)
+def resolve_checkpoint(path: str | Path) -> Location:
+    """A checkpoint itself, or the newest intact one of a run folder or of a folder of checkpoints."""
+    place = locate(path)
+    if not is_folder(place):
+        siblings = [str(sibling) for sibling in entries(place.parent)] if is_folder(place.parent) else []
+        raise UserError(f"no folder {place}{nearest(str(place), siblings)}")
+    if names_a_checkpoint(place) or is_file(place / "state.json"):
+        faults = verify(place)
         if faults:
-            raise UserError(f"checkpoint {path} is damaged: {'; '.join(faults)}")
-        return path
-    newest = newest_intact(path / "checkpoints", warn=_to_stderr)
+            raise UserError(f"checkpoint {place} is damaged: {'; '.join(faults)}")
+        return place
+    folder = place
+    if not Shelf.at(place).checkpoints():
+        settings = place / "config.yaml"
+        folder = checkpoint_folder(_read_settings(settings), place) if is_file(settings) else place / "checkpoints"
+    newest = newest_intact(folder, warn=_to_stderr)
     if newest is None:
-        raise UserError(f"{path} is neither a checkpoint nor a run with one in {path / 'checkpoints'}")
+        raise UserError(f"{place} is neither a checkpoint nor a run with one in {folder}")
     return newest
+
+
+def checkpoint_folder(config: Config, run: Location | None = None) -> Location:
+    """Where the checkpoints of a run are kept: where its settings say, or in its folder, which may have been moved."""
+    elsewhere = config.checkpoint.folder
+    return (run or Path(config.run_dir)) / "checkpoints" if elsewhere is None else locate(elsewhere)
 
 
 def _to_stderr(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-def newest_intact(folder: Path, *, warn: Callable[[str], None]) -> Path | None:
+def newest_intact(folder: Location, *, warn: Callable[[str], None]) -> Location | None:
     """The newest checkpoint that verifies; damaged ones are named through `warn`. None: there never was one.
 
     Errors: there are checkpoints and all of them are damaged.
@@ -207,35 +123,47 @@ def newest_intact(folder: Path, *, warn: Callable[[str], None]) -> Path | None:
         faults = verify(checkpoint)
         if not faults:
             return checkpoint
-        warn(f"warning: checkpoint {checkpoint} is damaged and passed over: {'; '.join(faults)}")
+        warn(damage_of(checkpoint, faults))
     if found:
-        raise UserError(f"every checkpoint in {folder} is damaged; move the folder away to start over")
+        raise UserError(all_damaged(folder))
     return None
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Folders under final names, oldest first."""
-    return sorted((path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)), key=step_of)
+def damage_of(checkpoint: Location, faults: list[str]) -> str:
+    """What is said of a checkpoint that does not verify."""
+    return f"warning: checkpoint {checkpoint} is damaged and passed over: {'; '.join(faults)}"
 
 
-def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(checkpoint.name.removeprefix("step-"))
+def all_damaged(folder: Location) -> str:
+    """What is said when nothing is left to go on from."""
+    return f"every checkpoint in {folder} is damaged; move the folder away to start over"
 
 
-def verify(checkpoint: Path) -> list[str]:
-    """What is wrong with a checkpoint folder: file, expected and found; empty when it is intact."""
+def list_checkpoints(folder: Location) -> list[Location]:
+    """Complete ones, oldest first; none where there is no folder. Errors: a folder that may not be read."""
     try:
-        expected = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return [f"manifest.json is missing or unreadable ({type(error).__name__})"]
+        return Shelf.at(folder).checkpoints()
+    except OSError as error:  # taken for an empty folder, it would start the run anew
+        raise UserError(f"the checkpoints in {folder} cannot be listed: {error.strerror or error}") from error
+
+
+def verify(checkpoint: Location, *, part: int = 0, parts: int = 1) -> list[str]:
+    """What is wrong with a checkpoint folder: file, expected and found; empty when it is intact.
+
+    Of `parts` who share the work each looks at its part of the files.
+    """
+    try:
+        expected = read_manifest(checkpoint)
+    except FileNotFoundError:
+        return [f"{MANIFEST} is missing"]
+    except (OSError, ValueError) as error:
+        return [f"{MANIFEST} is damaged: {error}"]
     faults = []
-    for name, wanted in sorted(expected.items()):
-        path = checkpoint / name
+    for name, wanted in list(expected.items())[part::parts]:
         try:
-            found = _fingerprint(path)
+            found = fingerprint(checkpoint / name)
         except OSError as error:
-            faults.append(f"{name}: {error.strerror}")
+            faults.append(f"{name}: {error.strerror or error}")
             continue
         if found != wanted:
             faults.append(
@@ -245,11 +173,11 @@ def verify(checkpoint: Path) -> list[str]:
     return faults
 
 
-def read_state(checkpoint: Path) -> TrainState:
+def read_state(checkpoint: Location) -> TrainState:
     """state.json, checked."""
     path = checkpoint / "state.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_bytes(path))
         found = values["format"]  # first: another format has other keys
         if found == FORMAT:
             return TrainState.model_validate(values)
@@ -261,44 +189,65 @@ def read_state(checkpoint: Path) -> TrainState:
     )
 
 
-def read_config(checkpoint: Path) -> Config:
+def read_config(checkpoint: Location) -> Config:
     """The settings that the checkpoint was written under."""
-    path = checkpoint / "config.yaml"
-    return config_from_values(read_yaml(path), origin=str(path))
+    return _read_settings(checkpoint / "config.yaml")
 
 
-def _write_tensors(folder: Path, tensors: dict[str, Any]) -> None:
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    with _alone_or_not() as alone:
-        save(tensors, storage_writer=writer, no_dist=alone)
-
-
-def _read_tensors(folder: Path, tensors: dict[str, Any]) -> None:
+def _read_settings(file: Location) -> Config:
     try:
-        with _alone_or_not() as alone:
-            load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
-    except CheckpointException as error:
-        raise UserError(f"{folder} does not fit this model: {str(error).strip().splitlines()[-1]}") from error
+        values = yaml.safe_load(read_bytes(file))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file} must hold sections such as 'model:', got a {type(values).__name__}")
+    return config_from_values(values, origin=str(file))
 
 
-@contextmanager
-def _alone_or_not() -> Iterator[bool]:
-    """Whether there is no process group; PyTorch would warn of that, each time, as if it were a mistake."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        yield not torch.distributed.is_initialized()
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Under plain names. Through state_dict, which also brings FSDP's parameters back to their sharded form."""
+    tensors = model.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file())
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.state_dict())
 
 
-def _fingerprint(path: Path, *, sync: bool = False) -> dict[str, int | str]:
-    """Size and checksum; with `sync` the file is also forced to disk."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-        if sync:
-            os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "xxh3_128": digest.hexdigest()}
+def _make_moments(
+    stored: dict[str, StoredTensor],
+    weights: dict[str, StoredTensor],
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    updates: int,
+) -> dict[str, Tensor]:
+    """Room for the moments that are stored, in place of all that the optimizer held."""
+    parameters = _parameters(model)
+    group_of = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    optimizer.state.clear()
+    targets = {}
+    for name, moment in stored.items():
+        of, _, key = name.rpartition(".")
+        parameter = parameters.get(of)
+        if parameter is None or parameter not in group_of:
+            continue  # reported as too many
+        # In the parameter's precision where it was so before, which may have been another.
+        dtype = parameter.dtype if moment.dtype == weights[of].dtype else moment.dtype
+        targets[name] = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+        state = optimizer.state[parameter]
+        state[key] = targets[name]
+        on_device = group_of[parameter].get("fused") or group_of[parameter].get("capturable")
+        if "betas" in group_of[parameter]:  # Adam's kind corrects its bias by a count of updates
+            device = parameter.device if on_device else torch.device("cpu")
+            state["step"] = torch.tensor(float(updates), dtype=torch.float32, device=device)
+    return targets
+
+
+def _read_tensors(stored: dict[str, StoredTensor], targets: dict[str, Tensor], *, where: Location) -> None:
+    check_fit(stored, targets, where=where)
+    for name, tensor in targets.items():
+        try:
+            read_tensor(stored[name], Piece.of(name, tensor, rank=0, world_size=1))
+        except OSError as error:
+            raise UserError(f"{where} cannot be read: {error}") from error

@@ -18,9 +18,12 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
+from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.files import write_durably
+from pipeline.model.transformer import Decoder, flops_per_token
 from pipeline.ramp import Ramp
+from pipeline.train.runtime import Runtime
 
 # Dense bf16 (fp16) peak in TFLOP/s, from the vendors' data sheets; sparsity figures are twice these.
 # A name counts where it stands as whole words; laptop chips and slices of a GPU (MIG) have other figures.
@@ -98,6 +101,13 @@ class Meter:
         return rates
 
 
+def meter_of(config: Config, model: Decoder, runtime: Runtime) -> Meter:
+    """Throughput of all ranks, held against their peak where it is known."""
+    peak = device_peak_flops(runtime.device, runtime.precision, override_tflops=config.log.peak_tflops)
+    flops = flops_per_token(model, context_length=config.model.context_length)
+    return Meter(flops_per_token=flops, peak_flops=None if peak is None else peak * runtime.world_size)
+
+
 class Record:
     """metrics.jsonl: append-only, cut back to the step that a run resumes from."""
 
@@ -157,6 +167,8 @@ class ConsoleLine:
             parts.append(f"{line['val_bits_per_byte']:.4f} bits per byte")
             each = [key for key in line if key.startswith("val_loss/")]
             parts += [escape(f"{key.removeprefix('val_loss/')} {line[key]:.4f}") for key in each]
+        elif line.get("skipped"):
+            parts = [place, "[yellow]skipped: loss or gradient norm was not finite[/yellow]"]
         else:
             parts = [place, f"loss {line['loss']:.4f}", f"lr {line['lr']:.2e}", f"grad norm {line['grad_norm']:.3f}"]
             parts += self._rates(line)
@@ -173,7 +185,7 @@ class ConsoleLine:
             return []
         tokens_left = self.ramp.before(self.total_steps + 1) - self.ramp.before(line["step"] + 1)
         left = tokens_left / line["tokens_per_second"]
-        parts = [f"{line['tokens_per_second']:,.0f} tokens/s", f"ETA {_duration(left)}"]
+        parts = [f"{line['tokens_per_second']:,.0f} tokens/s", f"ETA {duration(left)}"]
         if "mfu" in line:
             parts.append(f"MFU {line['mfu']:.1%}")
         if _waiting(line) > WAITED_TOO_LONG:
@@ -186,7 +198,8 @@ def _waiting(line: dict[str, Any]) -> float:
     return float(line["data_wait_seconds"] / line["step_seconds"]) if "step_seconds" in line else 0.0
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """As h:mm:ss, or m:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

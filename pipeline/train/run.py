@@ -9,10 +9,13 @@ same command is given again, and refuses when data or model are not what they we
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from uuid import uuid4
 
 import torch
@@ -20,19 +23,25 @@ import yaml
 
 from pipeline.config import Config, resolved
 from pipeline.data.loading.blend import Phase
-from pipeline.data.loading.sources import TrainingData
-from pipeline.errors import UserError
+from pipeline.data.loading.sources import TrainingData, ValidationSet
+from pipeline.errors import EXIT_STOPPED, StoppedEarly, UserError, counted
 from pipeline.files import write_durably
 from pipeline.locks import locked
 from pipeline.model.transformer import Decoder
 from pipeline.train.changes import refuse_another_run
-from pipeline.train.checkpoint import CheckpointStore, restore
+from pipeline.train.checkpoint import checkpoint_folder, newest_intact, read_state, restore
 from pipeline.train.curves import draw_curves
 from pipeline.train.metrics import ConsoleLine, Meter, Record, read_record
-from pipeline.train.runtime import Runtime, Trackers, environment
+from pipeline.train.parallel import Parallel
+from pipeline.train.runtime import Runtime, environment
+from pipeline.train.spikes import is_spike
 from pipeline.train.state import BatchSizes, TrainState
-from pipeline.train.step import Evaluation, StepResult
+from pipeline.train.status import Status, write_status
+from pipeline.train.step import Evaluation, StepResult, Trainer, evaluate
+from pipeline.train.store import CheckpointStore
+from pipeline.train.trackers import Trackers
 
+PATIENCE = 30.0  # seconds to wait for the lock: ranks of a start that was killed end by themselves within that
 DRAW_SECONDS = 60.0  # curves.png is drawn with a checkpoint at most this often: a picture costs a third of a second
 
 
@@ -45,12 +54,13 @@ class Run:
         self.runtime = runtime
         self.folder = Path(config.run_dir)
         tokenizer = data.tokenizer_json
-        self.store = CheckpointStore(self.folder / "checkpoints", config, tokenizer_json=tokenizer, runtime=runtime)
+        self.store = CheckpointStore(checkpoint_folder(config), config, tokenizer_json=tokenizer, runtime=runtime)
         self.record = Record(self.folder / "metrics.jsonl")
         self.console = ConsoleLine(runtime.console, total_steps=config.total_steps, ramp=config.ramp)
         self.trackers: Trackers | None = None
         self._held = ExitStack()
         self._drawn = time.perf_counter()
+        self._step = 0
 
     def resume(self, model: Decoder, optimizer: torch.optim.Optimizer) -> TrainState:
         """Fill model and optimizer from the newest intact checkpoint, or leave them and start at step 0.
@@ -60,7 +70,7 @@ class Run:
         """
         if self.runtime.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._held.enter_context(locked(self.folder, ask_of_other_hosts=False))
+            self._held.enter_context(locked(self.folder, ask_of_other_hosts=False, patience=PATIENCE))
         self.store.clean()
         self.runtime.barrier()
         newest = self.store.newest()
@@ -78,8 +88,15 @@ class Run:
             )
         elif self.runtime.is_main:
             self._open(state)
+            self._tell("running", state.step, exit_code=None, message=f"started from step {state.step}")
+            self.runtime.pulse.on_end = self._failed
         self.runtime.barrier()
         return state
+
+    def look(self, model: Decoder) -> TrainState:
+        """Where the run stands, without touching anything."""
+        newest = newest_intact(checkpoint_folder(self.config), warn=self.runtime.say)
+        return self._first_state(model) if newest is None else read_state(newest)
 
     def _first_state(self, model: Decoder) -> TrainState:
         return TrainState(
@@ -111,18 +128,54 @@ class Run:
         self.record.cut_after(state.step)
         self.trackers = Trackers(self.runtime, self.config, run_id=history["run_id"], settings=settings)
 
-    def log_step(self, state: TrainState, result: StepResult, *, meter: Meter) -> None:
-        """Record a training step: at `log.every` and at the end."""
-        line = {"step": state.step, "tokens": state.tokens, "loss": result.loss, "lr": result.lr}
-        self._log({**line, "grad_norm": result.grad_norm, **meter.take()})
+    def spiked(self, before: TrainState, result: StepResult) -> bool:
+        """Whether the loss jumped and the run is to go back from it."""
+        train = self.config.train
+        if train.on_spike == "ignore" or result.skipped:
+            return False
+        return is_spike(result.loss, before.recent_losses, deviations=train.spike_deviations)
 
-    def log_evaluation(self, state: TrainState, evaluation: Evaluation) -> None:
-        """Record an evaluation; of a blend also the loss on each dataset."""
-        line = {"step": state.step, "tokens": state.tokens, "val_loss": evaluation.loss}
-        if len(self.data.sources) > 1:
-            line.update({f"val_loss/{name}": loss for name, loss in evaluation.sources.items()})
-        line["val_bits_per_byte"] = evaluation.bits_per_byte
-        self._log({**line, "val_targets": evaluation.targets})
+    def roll_back(self, state: TrainState, trainer: Trainer) -> TrainState:
+        """Weights and moments of the newest checkpoint, and a state that goes on with the rows after `state`'s.
+
+        Errors: no checkpoint to go back to, or more jumps than `train.max_rollbacks`.
+        """
+        jump = f"step {state.step}: the loss jumped to {state.recent_losses[-1]:.4f}"
+        if len(state.rollbacks) >= self.config.train.max_rollbacks:
+            raise UserError(
+                f"{jump} after {counted(len(state.rollbacks), 'rollback')}, and train.max_rollbacks allows no more; "
+                "lower optim.lr or optim.clip_norm, or raise it"
+            )
+        self.store.finish()
+        newest = self.store.newest()
+        if newest is None:
+            raise UserError(f"{jump} and there is no checkpoint to go back to; lower checkpoint.every or ignore spikes")
+        earlier = restore(newest, model=trainer.parallel.model, optimizer=trainer.optimizer)
+        trainer.load_loss_scale(earlier.loss_scale)
+        if self.runtime.is_main:
+            self.record.cut_after(earlier.step)
+        rows = state.rows - earlier.rows
+        self.runtime.say(f"{jump}; back to {newest}, leaving out the {rows} rows from row {earlier.rows} on")
+        return state.rolled_back(earlier)
+
+    def evaluate(self, state: TrainState, parallel: Parallel, validation: Sequence[ValidationSet]) -> TrainState:
+        """Evaluate and record it; the state tells whether a signal cut it short, but for the last step's."""
+        if not validation:
+            return state
+        stop = self.runtime.job.stop if state.step < self.config.total_steps else _never
+        found = evaluate(parallel, validation, runtime=self.runtime, tokens=self.config.eval.tokens, stop=stop)
+        if found is not None:
+            self._log(evaluation_line(state, found))
+        return state.model_copy(update={"evaluated": found is not None})
+
+    def log_step(self, state: TrainState, result: StepResult, *, meter: Meter) -> None:
+        """Record a training step: at `log.every`, at the end, and each that was skipped."""
+        line: dict[str, Any] = {"step": state.step, "tokens": state.tokens, "lr": result.lr}
+        if result.skipped:
+            line["skipped"] = True  # loss or norm was not finite, which JSON has no word for
+        else:
+            line.update({"loss": result.loss, "grad_norm": result.grad_norm})
+        self._log({**line, **meter.take()})
 
     def _log(self, line: dict[str, Any]) -> None:
         if self.runtime.is_main:
@@ -132,28 +185,75 @@ class Run:
             if self.trackers is not None:
                 self.trackers.log(numbers, step=line["step"])
 
-    def save(self, state: TrainState, *, model: Decoder, optimizer: torch.optim.Optimizer) -> None:
-        """Write a checkpoint and bring curves.png up to date."""
+    def save(self, state: TrainState, trainer: Trainer) -> None:
+        """Begin a checkpoint and bring curves.png up to date."""
         began = time.perf_counter()
+        state = state.model_copy(update={"loss_scale": trainer.loss_scale()})
         if self.runtime.is_main:
             self.record.sync()
-        path = self.store.save(state, model=model, optimizer=optimizer)
-        self.runtime.say(f"saved {path} in {time.perf_counter() - began:.2f} s")
+        self.store.begin(state, model=trainer.parallel.model, optimizer=trainer.optimizer)
+        self._tell("running", state.step, exit_code=None, message=f"checkpoint of step {state.step} begun")
         if self.runtime.is_main and (state.step == self.config.total_steps or began > self._drawn + DRAW_SECONDS):
             self._draw()
             self._drawn = time.perf_counter()
 
-    def close(self) -> None:
-        """Let go of trackers and of the folder."""
+    def stopped(self, state: TrainState) -> StoppedEarly:
+        """Wait for the checkpoint, let go of everything; what to raise."""
+        launch = self.runtime.job.launch
+        self._close()
+        command = shlex.join(sys.argv)
+        again = f"torchrun ... {command}" if launch.elastic else f"python {command}"
+        message = f"stopped after step {state.step}, everything is saved; go on with the same command: {again}"
+        self._tell("stopped", state.step, exit_code=EXIT_STOPPED, message=message)
+        return StoppedEarly(message)
+
+    def finish(self, state: TrainState) -> None:
+        """The run is at its end: wait for its last checkpoint, and let go of everything."""
+        self._close()
+        message = f"done: {state.step} steps, {state.tokens:,} tokens; next: python sample.py {self.config.run_dir}"
+        self._tell("finished", state.step, exit_code=0, message=message)
+        self.runtime.say(message)
+
+    def _close(self) -> None:
+        self.store.finish()
         if self.trackers is not None:
             self.trackers.finish()
         self._held.close()
+        self.runtime.pulse.on_end = None
+
+    def _tell(
+        self,
+        status: Literal["running", "stopped", "finished", "failed"],
+        step: int,
+        *,
+        exit_code: int | None,
+        message: str,
+    ) -> None:
+        if self.runtime.is_main:
+            self._step = step
+            write_status(self.folder, Status(status=status, step=step, exit_code=exit_code, message=message))
+
+    def _failed(self, exit_code: int, message: str) -> None:
+        """What the process calls before it ends for another reason than its end or a stop."""
+        self._tell("failed", self._step, exit_code=exit_code, message=message)
 
     def _draw(self) -> None:
         try:
             draw_curves(read_record(self.record.path), self.folder / "curves.png", title=self.folder.name)
         except Exception as error:  # a picture must never stop a run: matplotlib may be missing or a font broken
             self.runtime.say(f"warning: curves.png was not drawn: {error}")
+
+
+def evaluation_line(state: TrainState, found: Evaluation) -> dict[str, Any]:
+    """An evaluation as the record has it; of a blend also the loss on each dataset."""
+    line: dict[str, Any] = {"step": state.step, "tokens": state.tokens, "val_loss": found.loss}
+    if len(state.phases[-1].sources) > 1:
+        line.update({f"val_loss/{name}": loss for name, loss in found.sources.items()})
+    return {**line, "val_bits_per_byte": found.bits_per_byte, "val_targets": found.targets}
+
+
+def _never() -> bool:
+    return False
 
 
 def _read_environment(path: Path) -> dict[str, Any] | None:

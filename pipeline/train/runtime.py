@@ -1,8 +1,7 @@
-"""Where a run happens: ranks, device, precision, trackers.
+"""Where a run happens: ranks, device, precision.
 
-In: the configuration and what the launcher put into the environment (read here and nowhere else). Out: a
-`Runtime` that the training step asks for sums over ranks, autocast and gradient synchronisation.
-Accelerate starts the process group, picks the device, wraps for DDP and feeds trackers.
+In: the configuration and the `Job` of this process. Out: a `Runtime` that the training step asks for sums over ranks
+and autocast. Accelerate picks the device, reduces over ranks and feeds trackers.
 """
 
 from __future__ import annotations
@@ -14,22 +13,29 @@ import socket
 import subprocess
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.tracking import GeneralTracker, filter_trackers
 from accelerate.utils import DistributedType, ProjectConfiguration
 from rich.console import Console
 from torch import Tensor
 
 from pipeline.config import Config, TrainConfig
 from pipeline.errors import UserError
+from pipeline.train.job import Job
+from pipeline.train.launched import prepare_libraries
+from pipeline.train.pulse import PATIENCE, Pulse
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+GARBAGE_STEPS = 100  # steps between collections
+LONG_STEP = 20.0  # seconds: with its checkpoint such a step hardly fits into the 30 s that torchrun leaves
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -42,32 +48,30 @@ class Runtime:
     world_size: int
     precision: torch.dtype
     console: Console
+    local_rank: int = 0
+    local_world_size: int = 1
+    job: Job = field(default_factory=Job.alone)
 
     @staticmethod
-    def start(config: Config) -> Runtime:
-        """Join the process group and settle device and precision. Errors: a device that is not there."""
+    def start(config: Config, job: Job | None = None) -> Runtime:
+        """Join the process group and settle device and precision. Errors: a device that is not there.
+
+        job: this process as `run_job` made it; without one it is alone.
+        """
+        job = Job.alone() if job is None else job
         device_type = _device_type(config.train)
+        prepare_libraries(deterministic=config.train.deterministic)
         if config.train.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        # Constructed with one accumulation step: accelerate would divide the loss, we normalise by targets.
-        # On a CPU `cpu=True` matters: without it each rank of torchrun would believe to be alone.
-        accelerator = Accelerator(
-            cpu=device_type == "cpu",
-            mixed_precision="no",  # autocast is ours; what `accelerate launch` exports must not add a second one
-            gradient_accumulation_steps=1,
-            project_config=ProjectConfiguration(project_dir=config.run_dir, logging_dir=config.run_dir),
-        )
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
-        if launched != accelerator.num_processes:
+        job.pulse.limit = 60 * config.train.hang_minutes
+        job.pulse.stacks = Path(config.run_dir) / "stacks"
+        if config.train.max_minutes is not None and job.signal is not None and job.launch.rank == 0:
+            job.signal.within(config.train.max_minutes)
+        _join_group(job, device_type, alone_too=config.parallel.strategy in ("fsdp", "hsdp"))
+        accelerator = _accelerator(config, device_type)
+        if job.launch.world_size != accelerator.num_processes:
+            launched = job.launch.world_size
             raise UserError(f"launched as one of {launched} ranks but joined a group of {accelerator.num_processes}")
-        if accelerator.distributed_type not in (
-            DistributedType.NO,
-            DistributedType.MULTI_CPU,
-            DistributedType.MULTI_GPU,
-        ):
-            kind = accelerator.distributed_type.value
-            raise UserError(f"accelerate was told to use {kind}; launch without it, parallel.strategy decides here")
         return Runtime(
             accelerator=accelerator,
             device=accelerator.device,
@@ -75,7 +79,15 @@ class Runtime:
             world_size=accelerator.num_processes,
             precision=_precision(config.train, device_type),
             console=SteadyConsole(highlight=False, soft_wrap=True),
+            local_rank=job.launch.local_rank,
+            local_world_size=job.launch.local_world_size,
+            job=job,
         )
+
+    @property
+    def pulse(self) -> Pulse:
+        """Where the main thread says how far it has come."""
+        return self.job.pulse
 
     @property
     def is_main(self) -> bool:
@@ -83,14 +95,10 @@ class Runtime:
         return self.rank == 0
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Matrix products in `precision`, reductions in float32; nothing to do in float32."""
-        if self.precision == torch.float32:
+        """Matrix products in `precision`, reductions in float32; nothing to do in float32 and float64."""
+        if self.precision.itemsize >= 4:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.precision)
-
-    def without_sync(self, model: torch.nn.Module, *, last: bool) -> AbstractContextManager[Any]:
-        """Keep gradients local until the last micro-batch, so that ranks communicate once per step."""
-        return nullcontext() if last else self.accelerator.no_sync(model)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over ranks, element by element; `values` itself when alone."""
@@ -110,6 +118,25 @@ class Runtime:
         """Wait for all ranks."""
         self.accelerator.wait_for_everyone()
 
+    def after_step(self, step: int, *, seconds: float) -> None:
+        """What is due between steps: the first has compiled and may have taken its time, garbage is collected."""
+        self.job.steady()
+        self.collect_garbage(step)
+        if seconds > LONG_STEP and self.job.launch.elastic and self.job.once("long step"):
+            self.say(
+                f"warning: a step takes {seconds:.0f} s, and torchrun kills its ranks 30 s after SIGTERM: what is not "
+                "saved by then is lost; use smaller batches or launch by launch/, which waits (said once)"
+            )
+
+    def collect_garbage(self, step: int) -> None:
+        """Collect at the same step in all ranks: a rank that stops to collect holds up the others."""
+        if gc.isenabled():
+            gc.collect()
+            gc.freeze()  # what the start has made stays: never look at it again
+            gc.disable()
+        elif step % GARBAGE_STEPS == 0:
+            gc.collect()
+
     def stop(self) -> None:
         """Leave the process group; nothing may hold a wrapped model any more.
 
@@ -117,6 +144,8 @@ class Runtime:
         and wait for its own thread, which may be waiting for that lock: seen with gloo, once in some hundred runs.
         """
         self.accelerator.free_memory()
+        gc.unfreeze()
+        gc.enable()
         gc.collect()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -143,52 +172,43 @@ class SteadyConsole(Console):
         os.dup2(devnull, sys.stdout.fileno())  # what other libraries print must not fail either
 
 
-class Trackers:
-    """wandb and TensorBoard, fed from the record. What goes wrong in one is said once; it is left out from then on."""
+def _join_group(job: Job, device_type: str, *, alone_too: bool) -> None:
+    """Start the process group, in a session of the store that no earlier start of these ranks has written to.
 
-    def __init__(self, runtime: Runtime, config: Config, *, run_id: str, settings: dict[str, Any]) -> None:
-        self.runtime = runtime
-        self.active: list[GeneralTracker] = []
-        flat = {
-            f"{section}.{key}": str(value)
-            for section, keys in settings.items()
-            if isinstance(keys, dict)
-            for key, value in keys.items()
-        }
-        # The same wandb run goes on after a resume: its id belongs to the run folder.
-        wandb = {"id": run_id, "resume": "allow", "dir": config.run_dir, "name": Path(config.run_dir).name}
-        accelerator = runtime.accelerator
-        for name in config.log.trackers:
-            try:
-                accelerator.trackers = []
-                accelerator.log_with = filter_trackers([name], accelerator.logging_dir)
-                accelerator.init_trackers(config.log.project, config=flat, init_kwargs={"wandb": wandb})
-            except Exception as error:  # any failure of a tracker, whatever its type, must not stop training
-                self._warn(name, error)
-                continue
-            if not accelerator.trackers:  # accelerate passes over what is not installed
-                self._warn(name, ModuleNotFoundError("it is not installed"))
-            self.active += accelerator.trackers
+    Accelerate would start it, but from MASTER_PORT: the store there may be older than this start (see `job.py`).
+    alone_too: one process becomes a group as well, which sharding asks for.
+    """
+    launch = job.launch
+    if launch.world_size == 1 and not alone_too:
+        return
+    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+    if device_type == "cuda":
+        if launch.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"{launch.who} is number {launch.local_rank} on its host, but may use {torch.cuda.device_count()} GPUs "
+                "there; start as many processes per node as it has GPUs"
+            )
+        torch.cuda.set_device(launch.local_rank)
+    store = dist.HashStore() if launch.world_size == 1 else job.assemble(limit=job.pulse.limit)
+    # The pulse ends ranks that wait in vain, and knows for whom; the group's own limit comes only after it.
+    timeout = timedelta(seconds=2 * PATIENCE * job.pulse.limit + 60)
+    dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
 
-    def log(self, values: dict[str, Any], *, step: int) -> None:
-        """Send numbers of one step."""
-        for tracker in list(self.active):
-            try:
-                tracker.log(values, step=step)
-            except Exception as error:  # as above
-                self.active.remove(tracker)
-                self._warn(tracker.name, error)
 
-    def finish(self) -> None:
-        """Let them write out what they hold."""
-        for tracker in self.active:
-            try:
-                tracker.finish()
-            except Exception as error:  # as above
-                self._warn(tracker.name, error)
-
-    def _warn(self, name: str, error: Exception) -> None:
-        self.runtime.say(f"warning: {name} is left out from here on, metrics.jsonl goes on: {error}")
+def _accelerator(config: Config, device_type: str) -> Accelerator:
+    """Accelerate, with all that it would add left out. Errors: `accelerate launch` was told to use another engine."""
+    # Constructed with one accumulation step: accelerate would divide the loss, we normalise by targets.
+    # On a CPU `cpu=True` matters: without it each rank of torchrun would believe to be alone.
+    accelerator = Accelerator(
+        cpu=device_type == "cpu",
+        mixed_precision="no",  # autocast is ours; what `accelerate launch` exports must not add a second one
+        gradient_accumulation_steps=1,
+        project_config=ProjectConfiguration(project_dir=config.run_dir, logging_dir=config.run_dir),
+    )
+    kind = accelerator.distributed_type
+    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise UserError(f"accelerate was told to use {kind.value}; launch without it, parallel.strategy decides here")
+    return accelerator
 
 
 def environment() -> dict[str, Any]:

@@ -69,6 +69,11 @@ class TrainState(BaseModel):
     rollbacks: tuple[Rollback, ...] = ()
     recent_losses: tuple[float, ...] = ()
 
+    @property
+    def updates(self) -> int:
+        """Updates that were applied: what the optimizer has counted."""
+        return self.step - len(self.skipped)
+
     def rows_of(self, step: int) -> tuple[int, int]:
         """First row and number of rows of any step, one of the past or one to come."""
         return rows_of_step(self.batches, step)

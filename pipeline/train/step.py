@@ -1,26 +1,29 @@
 """The arithmetic of one update, and of evaluation.
 
-In: a model, this rank's micro-batches. Out: the loss and gradient norm of the global batch. The loss is the
-sum of nats over all targets of all ranks and micro-batches divided by their number, never a mean of means,
-so splitting the same rows differently changes nothing but rounding.
+In: a model as the ranks share it, this rank's micro-batches. Out: the loss and gradient norm of the global batch.
+The loss is the sum of nats over all targets of all ranks and micro-batches divided by their number, never a mean of
+means, so splitting the same rows differently changes nothing but rounding.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from time import perf_counter
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from pipeline.config import Config
 from pipeline.data.loading.loader import Loader, RankBatch
 from pipeline.data.loading.sources import ValidationSet
 from pipeline.errors import UserError
 from pipeline.seeds import named_seed
 from pipeline.train.guard import refuse_update
+from pipeline.train.parallel import Parallel
 from pipeline.train.runtime import Runtime
 
 EVALUATION_ROWS = 64  # about so many rows are read at a time and rank in an evaluation
@@ -28,114 +31,180 @@ EVALUATION_ROWS = 64  # about so many rows are read at a time and rank in an eva
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean nats per target of the global batch; grad_norm: global L2 norm before clipping; wall seconds."""
+    """loss: mean nats per target of the global batch; grad_norm: global L2 norm before clipping; wall seconds.
+
+    stop: some rank was asked to stop. skipped: loss or norm was not finite, and no rank applied the update.
+    """
 
     loss: float
     grad_norm: float
     targets: int
     lr: float
     seconds: float
+    stop: bool = False
+    skipped: bool = False
 
 
 class Trainer:
-    """A model with its optimizer: one `step` per global batch."""
+    """A model with its optimizer: one `step` per global batch.
+
+    stop: whether this rank was asked to stop. skipped: updates that the run has left out so far.
+    """
 
     def __init__(
         self,
-        model: nn.Module,
+        parallel: Parallel,
         optimizer: torch.optim.Optimizer,
         *,
         loader: Loader,
         runtime: Runtime,
-        clip_norm: float | None,
-        seed: int,
+        config: Config,
+        stop: Callable[[], bool] = lambda: False,
+        skipped: int = 0,
     ) -> None:
-        self.model = model
+        self.parallel = parallel
         self.optimizer = optimizer
         self.loader = loader
         self.runtime = runtime
-        self.clip_norm = clip_norm
-        self.seed = seed
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        # fp16 has too little range for small gradients: the loss is scaled up, gradients down again
-        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == torch.float16)
+        self.config = config
+        self.stop = stop
+        self.skipped = skipped
+        self.parameters = [p for p in parallel.model.parameters() if p.requires_grad]
+        self.scale = LossScale() if runtime.precision == torch.float16 else None
 
     def step(self, batch: RankBatch, *, step: int, lr: float) -> StepResult:
-        """Make update number `step`. Errors: a loss or gradient that is not finite, before it is applied."""
+        """Make update number `step`.
+
+        Errors: a loss or gradient that is not finite, before it is applied, unless `train.on_nonfinite` is skip.
+        """
         began = perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         local = sum(part.targets for part in batch.micro_batches)
         targets = max(self.runtime.sum_of_counts(local), 1)  # a batch without any target has loss 0 and no gradient
-        loss, norm, grad_norm = self._gradients(batch, step=step, targets=targets)
-        if self.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, grad_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        loss, norm, stop = self._gradients(batch, step=step, targets=targets)
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            self.runtime.pulse.beat(f"step {step}, update")
+            self._clip(norm)
+            self.optimizer.step()
+            if self.scale is not None:
+                self.scale.passed()
+        else:
+            self.skipped += 1
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss=loss, grad_norm=norm, targets=targets, lr=lr, seconds=perf_counter() - began)
+        return StepResult(loss, norm, targets, lr, seconds=perf_counter() - began, stop=stop, skipped=not finite)
 
     def loss_scale(self) -> dict[str, float | int]:
         """State of the fp16 loss scale, for the checkpoint; empty in other precisions."""
-        return self.scaler.state_dict()
+        return {} if self.scale is None else asdict(self.scale)
 
     def load_loss_scale(self, state: dict[str, float | int]) -> None:
         """Go on with the loss scale of a checkpoint."""
-        if state:
-            self.scaler.load_state_dict(state)
+        if state and self.scale is not None:
+            self.scale = LossScale(scale=float(state["scale"]), passes=int(state["passes"]))
 
-    def _gradients(self, batch: RankBatch, *, step: int, targets: int) -> tuple[float, float, Tensor]:
-        """Leave finite gradients; return the mean loss and their norm, also as a tensor (), or refuse the update.
+    def _gradients(self, batch: RankBatch, *, step: int, targets: int) -> tuple[float, float, bool]:
+        """Leave gradients; return the mean loss, their norm and whether to stop, or refuse the update.
 
-        The body runs once, but for fp16, where an overflow is tried again at a smaller loss scale.
+        What decides is summed over ranks first, so that all decide the same. The body runs once, but for fp16, where
+        an overflow is tried again at a smaller loss scale.
         """
         while True:
             losses = self._backward(batch, step=step, targets=targets)
-            self.scaler.unscale_(self.optimizer)
-            grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-            nats = self.runtime.sum(losses.sum())
-            # both in one transfer: this is where the step waits for the device
-            loss, norm = torch.stack([nats / targets, grad_norm.double()]).tolist()
+            summed = torch.stack([losses.sum(), self._squared_norm(), losses.new_tensor(float(self.stop()))])
+            # all in one transfer: this is where the step waits for the device
+            nats, squared, stops = self.runtime.sum(summed).tolist()
+            loss, norm, stop = nats / targets, math.sqrt(squared), stops > 0
             if math.isfinite(loss) and math.isfinite(norm):
-                return loss, norm, grad_norm
-            overflow = math.isfinite(loss) and self._lower_scale()
-            if not overflow:
-                refuse_update(loss, norm, losses, batch=batch, step=step, loader=self.loader)
+                return loss, norm, stop
+            if math.isfinite(loss) and self.scale is not None and self.scale.lower():
+                self.optimizer.zero_grad(set_to_none=True)  # the same batch once more, so that none is lost
+                continue
+            if self.config.train.on_nonfinite == "skip" and self.skipped < self.config.train.max_skips:
+                return loss, norm, stop
+            refuse_update(loss, norm, losses, batch=batch, step=step, loader=self.loader)
 
     def _backward(self, batch: RankBatch, *, step: int, targets: int) -> Tensor:
         """Accumulate d(mean loss)/d(parameters); return the summed nats of each micro-batch (M,), float64."""
-        # DDP averages gradients over ranks where we want their sum, hence the factor.
-        scale = self.runtime.world_size / targets
+        factor = (1.0 if self.scale is None else self.scale.scale) / targets
         losses = []
         for number, part in enumerate(batch.micro_batches):
+            self.runtime.pulse.beat(f"step {step}, micro-batch {number + 1} of {len(batch.micro_batches)}")
             place = self.runtime.rank * len(batch.micro_batches) + number
-            torch.manual_seed(named_seed(self.seed, "dropout", step, place))
+            torch.manual_seed(named_seed(self.config.seed, "dropout", step, place))
             part = part.to(self.runtime.device)
             last = number == len(batch.micro_batches) - 1
-            with self.runtime.without_sync(self.model, last=last), naming_memory():
+            with self.parallel.sync(last=last), naming_memory(self.config, rows=len(part.labels)):
                 with self.runtime.autocast():
-                    loss = self.model(**part.inputs, labels=part.labels)
-                self.scaler.scale(loss * scale).backward()
+                    loss = self.parallel.forward(**part.inputs, labels=part.labels)
+                torch.autograd.backward(loss * factor)
             losses.append(loss.detach().double())
         return torch.stack(losses)
 
-    def _lower_scale(self) -> bool:
-        """After an overflow in fp16: halve the scale for another try at the same batch, so that none is lost."""
-        if not self.scaler.is_enabled() or self.scaler.get_scale() <= 1:
+    def _local_gradients(self) -> list[Tensor]:
+        """The gradients that this rank holds, to be read and changed in place."""
+        found = [p.grad for p in self.parameters if p.grad is not None]
+        return [grad.to_local() if isinstance(grad, DTensor) else grad for grad in found]
+
+    def _squared_norm(self) -> Tensor:
+        """This rank's share of the squared gradient norm, () float64: what several ranks hold, the first one counts."""
+        grads = self._local_gradients()
+        if self.scale is not None:
+            torch._foreach_mul_(grads, 1 / self.scale.scale)
+        if not self.parallel.counts_gradients:
+            return torch.zeros((), dtype=torch.float64, device=self.runtime.device)
+        return torch.nn.utils.get_total_norm(grads).to(self.runtime.device, torch.float64).square()
+
+    def _clip(self, norm: float) -> None:
+        """Scale gradients down to `optim.clip_norm`, by the norm over all ranks."""
+        limit = self.config.optim.clip_norm
+        if limit is not None and norm > limit:
+            torch._foreach_mul_(self._local_gradients(), limit / norm)
+
+
+@dataclass
+class LossScale:
+    """fp16 has too little range for small gradients: the loss is scaled up, gradients down again.
+
+    A power of two, so that nothing but range changes; halved after an overflow, doubled after enough updates without
+    (Micikevicius et al. 2018, arXiv:1710.03740). `passes` counts those.
+    """
+
+    scale: float = 2.0**16
+    passes: int = 0
+
+    def passed(self) -> None:
+        """An update was made."""
+        self.passes += 1
+        if self.passes == 2000:
+            self.scale, self.passes = self.scale * 2, 0
+
+    def lower(self) -> bool:
+        """After an overflow: whether it can be tried again at a smaller scale."""
+        if self.scale <= 1:
             return False
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.scale, self.passes = self.scale / 2, 0
         return True
 
 
 @contextmanager
-def naming_memory() -> Iterator[None]:
-    """Say which setting to lower when the device's memory runs out."""
+def naming_memory(config: Config, *, rows: int) -> Iterator[None]:
+    """Say which setting to lower when the memory of the device, or of the host, runs out."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        # on a CPU PyTorch raises a plain RuntimeError and tells it by the text alone
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        ways = ["train.activation_checkpointing full"] * (config.train.activation_checkpointing != "full")
+        ways += ["parallel.strategy fsdp"] * (config.parallel.strategy not in ("fsdp", "hsdp"))
+        smaller = f"lower train.micro_batch to {rows // 2}, or to auto, which finds the largest that fits; " * (
+            rows > 1
+        )
         raise UserError(
-            f"{str(error).splitlines()[0]}\n  lower train.micro_batch; the global batch stays as it is"
+            f"out of memory with a micro-batch of {rows}: {str(error).splitlines()[0]}\n"
+            f"  {smaller}the global batch stays as it is. {' or '.join(ways)} takes less memory".rstrip()
         ) from None
 
 
@@ -154,32 +223,54 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, validation: Sequence[ValidationSet], *, runtime: Runtime, tokens: int | None
-) -> Evaluation:
+    parallel: Parallel,
+    validation: Sequence[ValidationSet],
+    *,
+    runtime: Runtime,
+    tokens: int | None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
     """Mean loss over the first `tokens` tokens (default: all) of each fixed validation set, each counted once.
 
     bits per byte = nats / ln 2 / bytes, where a target stands for as many bytes as a token has on average in its
-    whole split, end-of-document tokens included.
+    whole split, end-of-document tokens included. None: given up between two batches because some rank was asked to
+    stop, which all ranks agree on.
     """
-    model.eval()
-    nats, targets, text_bytes, losses = 0.0, 0, 0.0, {}
-    for one in validation:
-        total, counted = torch.zeros((), dtype=torch.float64, device=runtime.device), 0
-        for batch in _validation_batches(one, tokens=tokens):
-            for part in batch.micro_batches:
-                counted += part.targets
-                part = part.to(runtime.device)
-                with runtime.autocast(), naming_memory():
-                    total += model(**part.inputs, labels=part.labels).double()
-        counted = runtime.sum_of_counts(counted)
-        loss = runtime.sum(total).item() / max(counted, 1)
-        if counted == 0 or not math.isfinite(loss):
-            raise UserError(f"validation loss is {loss} over {counted} targets; look at the val split of {one.name}")
-        losses[one.name] = loss
-        nats, targets = nats + loss * counted, targets + counted
-        text_bytes += counted * one.plan.split.text_bytes / one.plan.split.n_tokens
-    model.train()
+    parallel.eval()
+    try:
+        nats, targets, text_bytes, losses = 0.0, 0, 0.0, {}
+        for one in validation:
+            summed = _nats(parallel, one, runtime=runtime, tokens=tokens, stop=stop)
+            if summed is None:
+                return None
+            losses[one.name] = summed[0] / summed[1]
+            nats, targets = nats + summed[0], targets + summed[1]
+            text_bytes += summed[1] * one.plan.split.text_bytes / one.plan.split.n_tokens
+    finally:
+        parallel.train()
     return Evaluation(nats / targets, nats / math.log(2) / text_bytes, targets, sources=losses)
+
+
+def _nats(
+    parallel: Parallel, one: ValidationSet, *, runtime: Runtime, tokens: int | None, stop: Callable[[], bool]
+) -> tuple[float, int] | None:
+    """Summed nats and targets of one validation set over all ranks; None when some rank was asked to stop."""
+    total, counted = torch.zeros((), dtype=torch.float64, device=runtime.device), 0
+    for number, batch in enumerate(_validation_batches(one, tokens=tokens)):
+        runtime.pulse.beat(f"evaluation on {one.name}, batch {number + 1}")
+        if runtime.any(stop()):
+            return None
+        for part in batch.micro_batches:
+            counted += part.targets
+            part = part.to(runtime.device)
+            with runtime.autocast(), naming_memory(one.loader.config, rows=len(part.labels)):
+                total += parallel.forward(**part.inputs, labels=part.labels).double()
+    counted = runtime.sum_of_counts(counted)
+    nats = runtime.sum(total).item()
+    if counted == 0 or not math.isfinite(nats):
+        loss = nats / max(counted, 1)
+        raise UserError(f"validation loss is {loss} over {counted} targets; look at the val split of {one.name}")
+    return nats, counted
 
 
 def _validation_batches(one: ValidationSet, *, tokens: int | None) -> Iterator[RankBatch]:

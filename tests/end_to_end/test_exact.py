@@ -116,7 +116,7 @@ def test_a_signal_saves_the_last_finished_step(dataset: Path, tmp_path: Path) ->
     process.terminate()
     process.join(60)
     assert process.exitcode == 75, output.read_text()
-    assert "run the same command again to go on" in output.read_text()
+    assert "go on with the same command: python pretrain.py" in output.read_text()
     saved = list_checkpoints(run_dir / "checkpoints")
     assert [int(saved[-1].name.removeprefix("step-"))] == [record(run_dir)[-1]["step"]]
     code, printed = run_pretrain(config)

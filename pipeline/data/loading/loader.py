@@ -115,6 +115,7 @@ class Loader:
         self.config = config
         self.rank = rank
         self.world_size = world_size
+        assert isinstance(config.train.micro_batch, int), "auto is settled before batches are cut"
         self.micro_batch = config.train.micro_batch
 
     def accumulation(self, rows: int) -> int:

@@ -1,0 +1,168 @@
+"""The largest micro-batch that fits, for `train.micro_batch: auto`. The global batch stays as it is.
+
+In: a model ready to train, and a way to get batches. Out: a number of sequences, the same on every rank.
+
+Memory is measured, with the real model on real rows, for one and for two sequences; what grows with their number grows
+in proportion. On CUDA without sharding larger ones are then tried, and running out of memory is the answer no. Under
+FSDP a rank that ran out would leave the others waiting in an exchange, so there the measured proportion decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from pipeline.config import Config
+from pipeline.data.loading.blend import Phase
+from pipeline.data.loading.loader import Loader
+from pipeline.data.loading.sources import TrainingData
+from pipeline.errors import UserError
+from pipeline.train.memory import activation_bytes, available_memory, gigabytes
+from pipeline.train.parallel import Parallel, held_rows
+from pipeline.train.runtime import Runtime
+
+FILLED = 0.9  # of what is free: sizes of later allocations differ, and leave gaps
+MOMENTS = 2  # of AdamW, not there yet
+
+
+def with_micro_batch(config: Config, parallel: Parallel, *, data: TrainingData, runtime: Runtime) -> Config:
+    """The settings with a number for `train.micro_batch`: what it was, or for auto the largest that fits."""
+    if config.train.micro_batch != "auto":
+        return config
+    blend = data.blend([Phase(row=0, sources=data.described())])
+
+    def sized(size: int) -> Config:
+        return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": size})})
+
+    def loader_of(size: int) -> Loader:
+        return Loader(blend, sized(size), rank=runtime.rank, world_size=runtime.world_size)
+
+    with runtime.pulse.unhurried("finding the micro-batch"):
+        return sized(find_micro_batch(parallel, config, runtime=runtime, loader_of=loader_of))
+
+
+def find_micro_batch(
+    parallel: Parallel,
+    config: Config,
+    *,
+    runtime: Runtime,
+    loader_of: Callable[[int], Loader],
+    free: int | None = None,
+) -> int:
+    """The largest number of sequences per forward pass that fits, evened out over the micro-batches of a step.
+
+    loader_of: a loader for a size of micro-batch. free: bytes for gradients, moments and activations, where they are
+    known better. Neither gradients nor random numbers of the run are touched. Errors: not even one sequence fits.
+    """
+    trial = _Trial(parallel, config, runtime, loader_of)
+    room = trial.room(free)
+    with torch.random.fork_rng(devices=trial.devices), torch.compiler.set_stance("force_eager"):
+        one, two = trial.bytes(1), trial.bytes(2)
+
+        def fits(size: int) -> bool:
+            if runtime.any(one + (two - one) * (size - 1) > room):
+                return False
+            return not trial.can_run_out or not runtime.any(not trial.succeeds(size))
+
+        found = largest(fits, most=trial.most)
+    if found == 0:
+        raise UserError(
+            f"train.micro_batch auto: one sequence of {config.model.context_length} tokens takes {gigabytes(one)}, but "
+            f"{gigabytes(max(room, 0))} are free for it on rank {runtime.rank}; use train.activation_checkpointing "
+            "full, parallel.strategy fsdp or a shorter model.context_length"
+        )
+    return evened(found, most=trial.most)
+
+
+def largest(fits: Callable[[int], bool], *, most: int) -> int:
+    """The largest n in [0, most] for which `fits(n)`, which must then hold for all below it: doubling, then halving."""
+    low, high, asked = 0, most + 1, 1  # `low` fits, `high` does not
+    while asked < high:
+        if fits(asked):
+            low, asked = asked, 2 * asked
+        else:
+            high = asked
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def evened(size: int, *, most: int) -> int:
+    """The smallest micro-batch that cuts `most` rows into no more parts than `size` does: 50 of 64 becomes 32."""
+    return -(-most // -(-most // size))
+
+
+class _Trial:
+    """Forward and backward passes that leave nothing behind."""
+
+    def __init__(
+        self, parallel: Parallel, config: Config, runtime: Runtime, loader_of: Callable[[int], Loader]
+    ) -> None:
+        self.parallel, self.config, self.runtime, self.loader_of = parallel, config, runtime, loader_of
+        self.on_cuda = runtime.device.type == "cuda"
+        self.devices = [runtime.device] if self.on_cuda else []
+        self.can_run_out = self.on_cuda and parallel.strategy in ("single", "ddp")
+        self.held = sum(held_rows(parameter)[0].nbytes for parameter in parallel.model.parameters())
+        ramp = config.ramp_of_rows
+        rows = max(ramp.full, *(rows for _, rows in ramp.stages), 1)
+        self.most = -(-rows // runtime.world_size)
+
+    def room(self, free: int | None) -> int:
+        """Bytes for activations, and on CUDA for gradients: the moments of the optimizer are still to come."""
+        known = available_memory(self.runtime) if free is None else free
+        if known is None:
+            raise UserError("train.micro_batch auto: this system does not tell how much memory is free; give a number")
+        return int(FILLED * known) - (MOMENTS if self.on_cuda else MOMENTS + 1) * self.held
+
+    def bytes(self, size: int) -> int:
+        """What a pass over `size` sequences takes at its peak: measured on CUDA, counted and estimated on a CPU."""
+        if self.on_cuda:
+            torch.cuda.reset_peak_memory_stats(self.runtime.device)
+            before = torch.cuda.memory_allocated(self.runtime.device)
+            self._run(size)
+            return torch.cuda.max_memory_allocated(self.runtime.device) - before
+        kept: dict[int, int] = {}  # storages that wait for the backward pass; views of one count once
+        own = {p.untyped_storage().data_ptr() for p in self.parallel.model.parameters() if not isinstance(p, DTensor)}
+
+        def count(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            self._run(size)
+        counted = sum(size for place, size in kept.items() if place not in own)
+        # what checkpointing holds on to is not seen by hooks, and neither is the gradient of the logits
+        estimate = activation_bytes(
+            self.config, n_tokens=self.parallel.model.n_tokens, precision=self.runtime.precision
+        )
+        return max(counted, size * estimate)
+
+    def succeeds(self, size: int) -> bool:
+        """Whether memory lasts, with room left for the moments."""
+        try:
+            moments = torch.empty(MOMENTS * self.held, dtype=torch.uint8, device=self.runtime.device)
+            self._run(size)
+        except torch.OutOfMemoryError:
+            return False
+        else:
+            del moments
+            return True
+        finally:
+            torch.cuda.empty_cache()
+
+    def _run(self, size: int) -> None:
+        part = self.loader_of(size).batch(0, size * self.runtime.world_size).micro_batches[0].to(self.runtime.device)
+        try:
+            # DDP needs no exchange for it; FSDP would keep whole gradients without one
+            with self.parallel.sync(last=self.parallel.strategy in ("fsdp", "hsdp")):
+                with self.runtime.autocast():
+                    loss = self.parallel.forward(**part.inputs, labels=part.labels)
+                torch.autograd.backward(loss)
+        finally:
+            for parameter in self.parallel.model.parameters():
+                parameter.grad = None

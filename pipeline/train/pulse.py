@@ -1,0 +1,332 @@
+"""Whether the job lives: how far each process has come, and why all of them end when one does.
+
+In: beats of the main thread. Out: nothing, until a rank fails, dies or makes no progress: then every process ends
+within seconds, and the cause is told once, by the rank that it happened to. A thread does the watching, so it goes on
+while the main thread is held up in a collective operation for a rank that will not come.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+
+from pipeline.errors import EXIT_HUNG, UserError
+from pipeline.train.launched import Launch
+from pipeline.train.lifeline import Lifelines
+
+TICK = 1.0  # seconds between looks at the other ranks
+GRACE = 1.5  # the rank that failed ends first: torchrun reports the first. More than a tick: by then all have seen why
+CONSEQUENCE = 3.0  # so long an error that comes of another rank's end waits for that rank's own account
+PATIENCE = 6.0  # start-up, compiling and saving may take so many times the limit of a step
+STDERR = 2  # the descriptor: C writes to it, whatever sys.stderr is
+SHOWN = 8  # ranks named in a message
+
+# What the libraries say in this rank when the fault lies in another one.
+_MARKS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "connection refused", "broken pipe")
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Why the job ends: what happened to `rank`.
+
+    code: what processes exit with that merely follow. late: the ranks that made no progress, if that is why.
+    """
+
+    rank: int
+    host: str
+    text: str
+    code: int = EXIT_HUNG
+    late: tuple[int, ...] = ()
+
+    def written(self) -> str:
+        """As JSON."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def read(text: bytes) -> Ending:
+        """What `written` wrote."""
+        found = json.loads(text)
+        return Ending(**{**found, "late": tuple(found["late"])})
+
+
+class Elsewhere(UserError):  # noqa: N818 - a pointer to an error
+    """The cause lies in another rank, which tells more than this one can."""
+
+
+class Pulse:
+    """Beats of this process and, after `join`, of its job.
+
+    limit: seconds without a beat before the job is taken to hang. stacks: folder for what each rank was doing then.
+    on_end: called in rank 0 with the exit code and the cause, before it ends for any other reason than success.
+    """
+
+    def __init__(self, launch: Launch, *, limit: float = 600.0) -> None:
+        self.launch = launch
+        self.limit = limit
+        self.stacks: Path | None = None
+        self.on_end: Callable[[int, str], None] | None = None
+        self._count, self._what = 0, "start-up"  # beats that every rank makes alike
+        self._signs, self._seen, self._idle = 0, 0, 0.0  # any sign of life, those seen, seconds since then
+        self._starting, self._unhurried = True, 0
+        self._published, self._told = "", False
+        self._main = threading.main_thread().ident
+        self._leaving = threading.Lock()  # never let go: one thread alone ends this process
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._store: dist.Store | None = None
+        self._lifelines: Lifelines | None = None
+        self._hosts: list[str] = [launch.host]
+
+    # What the main thread says
+
+    def beat(self, what: str) -> None:
+        """So far has the main thread come: every rank says the same number of times, so that the late one is known."""
+        self._what = what
+        self._count += 1
+        self._signs += 1
+
+    @contextmanager
+    def unhurried(self, what: str) -> Iterator[None]:
+        """A phase that may take `PATIENCE` times as long as a step: compiling, saving. Of no rank or of any."""
+        self._unhurried += 1
+        before, self._what = self._what, what
+        self._signs += 1
+        try:
+            yield
+        finally:
+            self._unhurried -= 1
+            self._what = before
+            self._signs += 1
+
+    def steady(self) -> None:
+        """The first step is done: from now on the limit of a step holds."""
+        self._starting = False
+
+    def start(self) -> None:
+        """Watch from a thread of its own."""
+        self._thread = threading.Thread(target=self._watch, name="pulse", daemon=True)
+        self._thread.start()
+
+    def join(self, store: dist.Store, lifelines: Lifelines, hosts: list[str]) -> None:
+        """Watch the other ranks, too. `store`: a client of its own, for a waiting one would hold up the watch."""
+        self._hosts = hosts
+        self._lifelines = lifelines
+        self._store = store
+
+    @property
+    def joined(self) -> bool:
+        """Whether the other ranks are watched, and can be told."""
+        return self._store is not None
+
+    def close(self) -> None:
+        """The job is done: watch no more, and part from the other ranks."""
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join(5 * TICK)
+        if self._lifelines is not None:
+            host = self.launch.rank == 0 and not self.launch.agent_store  # its store serves the others until they part
+            self._lifelines.part(wait=10.0 if host else 0.0)
+            self._lifelines = None
+
+    def fail(self, text: str, *, consequence: bool) -> Ending:
+        """This rank's main thread has failed: the cause of the job's end, which is another one when `rank` differs.
+
+        Does not return when this process is ending already.
+        """
+        self._leaving.acquire()
+        own = Ending(self.launch.rank, self.launch.host, text)
+        if self._store is None:
+            return own
+        deadline = time.monotonic() + (CONSEQUENCE if consequence else 0.0)
+        while time.monotonic() < deadline and self._cause() is None:
+            time.sleep(TICK / 10)
+        return self._claim(own)
+
+    def stop_at_once(self, text: str) -> None:
+        """End the job because it was asked to before there was anything to lose; unless it ends already."""
+        code = self.launch.stopped_code
+        own = Ending(self.launch.rank, self.launch.host, text, code=code)
+        cause = own if self._store is None else self._claim(own)
+        if cause.code != code or not self._leaving.acquire(blocking=False):
+            return  # the signal came because a rank has failed, and the watch ends this one
+        if cause == own and (self._store is not None or self.launch.local_rank == 0):
+            tell(text)
+        self.leave(code, text)
+
+    def follow(self, cause: Ending) -> NoReturn:
+        """End this process because of another one."""
+        if cause.code == EXIT_HUNG and not self._told:
+            who = f"{self.launch.who} ends because "
+            tell(who + (cause.text if cause.late else f"rank {cause.rank} on {cause.host} failed: {cause.text}"))
+        self.leave(cause.code, cause.text)
+
+    def leave(self, code: int, text: str) -> NoReturn:
+        """End this process now, whatever its threads wait for: the process group must not be torn down in a fault."""
+        if self.on_end is not None and self.launch.rank == 0:
+            self.on_end(code, text)
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
+
+    # What the thread does
+
+    def _watch(self) -> None:
+        last = time.monotonic()
+        try:
+            while not self._closed.is_set():
+                self._rearm()
+                lost = self._wait()
+                now = time.monotonic()
+                try:
+                    self._watch_self(min(now - last, 2 * TICK))  # a process that was halted has not been hanging
+                    if self._store is not None:
+                        self._watch_others(lost)
+                except dist.DistError as error:  # what serves the store is gone, and with it the job
+                    if not self._closed.is_set():
+                        self._end(Ending(0, self._hosts[0], f"its store is gone: {str(error).splitlines()[0]}"))
+                last = now
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    def _rearm(self) -> None:
+        """As long as this thread runs, it watches. When it cannot, the interpreter's lock is held, and C ends it."""
+        faulthandler.dump_traceback_later(2 * PATIENCE * self.limit, exit=True, file=STDERR)
+
+    def _wait(self) -> list[int]:
+        if self._lifelines is not None:
+            return self._lifelines.lost(TICK)
+        self._closed.wait(TICK)
+        return []
+
+    def _watch_self(self, elapsed: float) -> None:
+        signs = self._signs
+        self._idle = self._idle + elapsed if signs == self._seen else 0.0
+        self._seen = signs
+        patience = PATIENCE if self._starting or self._unhurried else 1.0
+        if self._idle > self.limit * patience:
+            self._hang()
+
+    def _watch_others(self, lost: list[int]) -> None:
+        self._publish()
+        cause = self._cause()
+        if cause is None and lost:
+            cause = self._gone(lost[0])
+        if cause is not None and (cause.rank != self.launch.rank or cause.late):
+            self._end(cause)
+
+    def _publish(self) -> None:
+        where = _innermost(self._main) if self._idle > self.limit / 2 else ""
+        beat = json.dumps({"count": self._count, "what": self._what, "where": where})
+        if beat != self._published and self._store is not None:
+            self._store.set(f"beat/{self.launch.rank}", beat)
+            self._published = beat
+
+    def _cause(self) -> Ending | None:
+        assert self._store is not None, "asked after joining only"
+        return Ending.read(self._store.get("ending")) if self._store.check(["ending"]) else None
+
+    def _claim(self, own: Ending) -> Ending:
+        """Make `own` the cause that every rank is told, unless there is one already; the cause."""
+        assert self._store is not None, "asked after joining only"
+        try:
+            return Ending.read(self._store.compare_set("ending", "", own.written()))
+        except dist.DistError:  # rank 0 served it and is gone
+            return own
+
+    def _gone(self, rank: int) -> Ending:
+        host = self._hosts[rank] if rank < len(self._hosts) else "its host"
+        text = "it is gone without a word: killed from outside (out of memory? the kernel's log tells), or crashed"
+        own = Ending(rank, host, text)
+        cause = self._claim(own)
+        if cause == own:
+            self._told = True
+            tell(f"error: rank {rank} on {host}: {text}")
+        return cause
+
+    def _hang(self) -> None:
+        own = self._hanging()
+        cause = own if self._store is None else self._claim(own)
+        if cause == own:
+            self._told = True
+            tell(f"error: {own.text}")
+        self._end(cause)
+
+    def _hanging(self) -> Ending:
+        """Name the ranks that have come least far."""
+        waited = f"no progress for {self._idle:.0f} s (train.hang_minutes is {self.limit / 60:g})"
+        if self._store is None:
+            text = f"{waited} since: {self._what}, {_innermost(self._main)}"
+            return Ending(0, self.launch.host, text, late=(0,))
+        self._publish()
+        world = range(self.launch.world_size)
+        found = {rank: self._store.get(f"beat/{rank}") for rank in world if self._store.check([f"beat/{rank}"])}
+        beats: dict[int, Any] = {rank: json.loads(found.get(rank, b'{"count": -1}')) for rank in world}
+        least = min(beat["count"] for beat in beats.values())
+        late = tuple(rank for rank in world if beats[rank]["count"] == least)
+        lines = [f"    rank {rank} on {self._host(rank)}: {_described(beats[rank])}" for rank in late[:SHOWN]]
+        others = [f"    rank {rank}: {_described(beats[rank])}" for rank in world if rank not in late][:SHOWN]
+        what = "all ranks have come equally far" if not others else f"late: {', '.join(map(str, late[:SHOWN]))}"
+        text = "\n".join([f"{waited}; {what}", *lines, *(["  the others:", *others] if others else [])])
+        return Ending(late[0], self._host(late[0]), text, late=late)
+
+    def _host(self, rank: int) -> str:
+        return self._hosts[rank] if rank < len(self._hosts) else "its host"
+
+    def _end(self, cause: Ending) -> None:
+        """End this process for `cause`, unless its main thread does so within the grace."""
+        if cause.late:
+            self._write_stacks(cause)
+            cause = replace(cause, text=cause.text.splitlines()[0])
+        time.sleep(GRACE)
+        if self._leaving.acquire(blocking=False):
+            self.follow(cause)
+
+    def _write_stacks(self, cause: Ending) -> None:
+        rank = self.launch.rank
+        if self.stacks is not None:
+            try:
+                self.stacks.mkdir(parents=True, exist_ok=True)
+                with (self.stacks / f"rank-{rank}.txt").open("w", encoding="utf-8") as file:
+                    faulthandler.dump_traceback(file, all_threads=True)
+            except OSError as error:
+                tell(f"warning: the stack of rank {rank} was not written: {error}")
+        if rank in cause.late[:SHOWN]:
+            frame = sys._current_frames().get(self._main or 0)
+            tell(f"{self.launch.who} is in:\n{''.join(traceback.format_stack(frame))}")
+
+
+def is_consequence(error: BaseException) -> bool:
+    """Whether an error may only say that another rank is gone."""
+    if isinstance(error, (dist.DistError, Elsewhere)):
+        return True
+    return isinstance(error, (RuntimeError, OSError)) and any(mark in str(error).lower() for mark in _MARKS)
+
+
+def tell(text: str) -> None:
+    """Print to stderr at one go, so that the lines of several ranks do not mix."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def _innermost(thread: int | None) -> str:
+    """The function that a thread is in."""
+    frame = sys._current_frames().get(thread or 0)
+    if frame is None:
+        return ""
+    return f"in {frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
+
+
+def _described(beat: dict[str, Any]) -> str:
+    return ", ".join(part for part in (beat.get("what", "not begun"), beat.get("where", "")) if part)
