@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import xxhash
 from rich.console import Console
@@ -15,7 +21,10 @@ from pipeline.data.deleting.dedup import deduplicate
 from pipeline.data.deleting.deletion import delete_documents
 from pipeline.data.manifest import Contamination, read_manifest
 from pipeline.data.preparing.audit import inspect, verify
+from pipeline.data.preparing.prepare import prepare
+from pipeline.data.preparing.request import Request
 from pipeline.data.reading.corpus import find_corpus
+from pipeline.data.reading.formats import TextRules
 from pipeline.errors import UserError
 from tests.prepared import damage, edit_manifest, write_dataset
 
@@ -204,6 +213,77 @@ def test_verify_finds_an_input_of_another_time(folder: Path, sources: list[Path]
     os.utime(sources[0], ns=(1, 1))
     with pytest.raises(UserError, match=r"a\.txt: an input changed since: .*found 7 bytes, fingerprint 7-1;"):
         verify(folder)
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "by hash": {"val_fraction": 0.2},
+    "tails": {"inputs": ("few.jsonl",), "val_fraction": 0.3},
+    "given": {"val_inputs": ("few.jsonl",)},
+    "compressed": {"inputs": ("many.jsonl.gz",), "val_fraction": 0.2},
+    "separated": {"inputs": ("plain.txt",), "val_fraction": 0.2, "rules": TextRules(unit_bytes=700, separator="\n")},
+    "cut": {"inputs": ("plain.txt",), "rules": TextRules(unit_bytes=700, max_document_bytes=1100)},
+    "parquet": {"inputs": ("many.parquet",), "val_fraction": 0.2},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_touched_input_is_compared_by_its_documents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """Rows with blanks and bad ones, cut into many units, documents in both splits: a time is no change, a byte is."""
+    monkeypatch.chdir(tmp_path)
+    texts = [f"text {number % 90} {'é' * (number % 7)}" for number in range(150)]
+    lines = "".join(json.dumps({"text": text}) + ("\n\n{bad\n" if text[5] == "3" else "\n") for text in texts)
+    few, many, plain, parquet = (Path(name) for name in ("few.jsonl", "many.jsonl.gz", "plain.txt", "many.parquet"))
+    few.write_text(lines[:2000][: lines[:2000].rindex("\n") + 1])
+    many.write_bytes(packed(lines.encode(), 1000))
+    plain.write_text("\n".join(texts))
+    pq.write_table(pa.table({"text": texts}), parquet, row_group_size=20, compression="none", use_dictionary=False)
+    Path("lines.jsonl").write_text(lines)
+    base = Request(inputs=("lines.jsonl",), output=tmp_path / "out", tokenizer="bytes", max_bad=1.0,
+                   rules=TextRules(unit_bytes=700))  # fmt: skip
+    wanted = replace(base, **WAYS[way])
+    prepare(wanted, console=Console(quiet=True))
+    (name,) = wanted.val_inputs or wanted.inputs
+    assert "note" not in verify("out")
+    os.utime(name, ns=(1, 1))
+    assert verify("out").endswith(f"\nnote: {tmp_path / name} bears another time, but holds the same documents")
+    change(Path(name))
+    with pytest.raises(UserError, match=f"{name}: an input changed since: expected"):
+        verify("out")
+
+
+def packed(content: bytes, size: int) -> bytes:
+    """A gzip file of `size` bytes: the name of a file in its header is as long as it takes (RFC 1952)."""
+    plain = gzip.compress(content)
+    name = b"n" * (size - len(plain) - 1) + b"\0"
+    return plain[:3] + b"\x08" + plain[4:10] + name + plain[10:]
+
+
+def change(path: Path) -> None:
+    """A letter of a document, in a file of the same size."""
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        unpacked = gzip.decompress(content)
+        at = unpacked.rindex(b"text 1")
+        other = packed(unpacked[:at] + b"t0xt" + unpacked[at + 4 :], len(content))
+    else:
+        other = content.replace(b"text 19", b"t0xt 19")
+    assert (len(other), other != content) == (len(content), True)
+    path.write_bytes(other)
+
+
+def test_an_input_that_lost_or_won_a_document_is_changed(tmp_path: Path) -> None:
+    """Also where all that was prepared is still there, or all that is there was prepared."""
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": f"text {number}"}) for number in range(120)]
+    for before, after in (([*lines, " " * 20], [*lines, '{"text": "another."}']), (lines, lines[:-1])):
+        path.write_text("\n".join(before))
+        output = tmp_path / f"out-{len(after)}"
+        prepare(Request(inputs=(str(path),), output=output, tokenizer="bytes"), console=Console(quiet=True))
+        path.write_text("\n".join(after).ljust(len("\n".join(before))))
+        with pytest.raises(UserError, match="an input changed since"):
+            verify(output)
 
 
 def test_verify_finds_an_input_that_cannot_be_read_any_more(folder: Path, sources: list[Path]) -> None:

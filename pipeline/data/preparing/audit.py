@@ -15,7 +15,7 @@ import xxhash
 from pipeline.data.dataset import TokenSplit, open_dataset
 from pipeline.data.deleting.deletion import REASONS, counts, kept_by_reasons, open_shard
 from pipeline.data.manifest import TOKENIZER_NAME, Counts, Manifest, SplitName, data_digest, read_manifest
-from pipeline.data.reading.corpus import find_corpus
+from pipeline.data.preparing.compare import InputState, compare_inputs
 from pipeline.data.shards import Shard
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError
@@ -32,8 +32,8 @@ def verify(path: str | Path) -> str:
     """Check every byte of a dataset and return a line that says so.
 
     Checksums, document boundaries, ids below the vocabulary's size, exactly one EOS in a document, at its end, the
-    order of documents, what bitmaps delete, the text of a sample of documents; and that inputs which are still there
-    are what they were. Raises `UserError` that lists all findings.
+    order of documents, what bitmaps delete, the text of a sample of documents; and that of a whole dataset the inputs
+    which are still there are what they were. Raises `UserError` that lists all findings.
     """
     open_dataset(path)  # refuses what cannot be opened at all
     folder = Path(path).expanduser()
@@ -50,35 +50,16 @@ def verify(path: str | Path) -> str:
                 faults, last = _check_order(shard, last, inputs=len(manifest.inputs))
                 faults += [*_check_bitmaps(shard), *_check_ids(shard, manifest), *_check_texts(shard, tokenizer)]
             findings += faults
-    changed, gone = _check_inputs(manifest)
-    if findings or changed:
+    inputs = compare_inputs(folder, manifest) if not findings else InputState()
+    if findings or inputs.changed:
         state = "is damaged" if findings else "is whole, but not made of what its inputs are now"
         remedy = [] if not findings else ["remove the files named and run the command that prepared it again"]
-        raise UserError("\n  ".join([f"{path} {state}:", *findings, *changed, *remedy]))
-    note = f"\nnote: {gone} of {len(manifest.inputs)} inputs are not here to be compared" if gone else ""
+        raise UserError("\n  ".join([f"{path} {state}:", *findings, *inputs.changed, *remedy]))
+    notes = [f"\nnote: {name} bears another time, but holds the same documents" for name in inputs.touched]
+    if inputs.gone:
+        notes.append(f"\nnote: {inputs.gone} of {len(manifest.inputs)} inputs are not here to be compared")
     documents = sum(info.documents for infos in manifest.splits.values() for info in infos)
-    return f"{path} is whole: {documents:,} documents, digest {manifest.data_digest[:16]}{note}"
-
-
-def _check_inputs(manifest: Manifest) -> tuple[list[str], int]:
-    """What inputs on disk are no longer what was prepared, and how many are not there, which is no fault."""
-    changed, gone = [], 0
-    for source in manifest.inputs:
-        if not Path(source.name).exists():
-            gone += 1
-            continue
-        try:
-            found = [(now.size, now.fingerprint) for now in find_corpus([source.name]).sources]
-        except UserError as error:
-            changed.append(f"{source.name}: an input changed since: {error}")
-            continue
-        if found != [(source.size, source.fingerprint)]:
-            now = ", ".join(f"{size} bytes, fingerprint {fingerprint}" for size, fingerprint in found)
-            changed.append(
-                f"{source.name}: an input changed since: expected {source.size} bytes, fingerprint "
-                f"{source.fingerprint}, found {now}; prepare again to take it in"
-            )
-    return changed, gone
+    return f"{path} is whole: {documents:,} documents, digest {manifest.data_digest[:16]}{''.join(notes)}"
 
 
 def _check_identity(manifest: Manifest, tokenizer: TextTokenizer) -> Iterator[str]:
