@@ -14,7 +14,6 @@ from pipeline.errors import UserError
 from pipeline.model.transformer import Decoder, build_model, initialise
 from pipeline.ramp import Ramp
 from pipeline.train.checkpoint import (
-    CheckpointStore,
     list_checkpoints,
     load_model,
     newest_intact,
@@ -26,6 +25,7 @@ from pipeline.train.checkpoint import (
 from pipeline.train.optim import build_optimizer
 from pipeline.train.runtime import Runtime
 from pipeline.train.state import BatchSizes, TrainState
+from pipeline.train.store import CheckpointStore
 
 SETTINGS = {
     "model": {"n_layers": 2, "n_heads": 2, "d_model": 16, "context_length": 8},
@@ -68,6 +68,12 @@ def trained(config: Config, *, steps: int = 3) -> tuple[Decoder, torch.optim.Opt
     return model, optimizer
 
 
+def save(store: CheckpointStore, state: TrainState, *, model: Decoder, optimizer: torch.optim.Optimizer) -> Path:
+    store.begin(state, model=model, optimizer=optimizer)
+    store.finish()
+    return Path(str(list_checkpoints(store.folder)[-1]))
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> CheckpointStore:
     config = config_of(every=5, keep=2, keep_every=10)
@@ -77,13 +83,14 @@ def store(tmp_path: Path) -> CheckpointStore:
 
 def test_restores_weights_moments_and_state_bit_by_bit(store: CheckpointStore) -> None:
     model, optimizer = trained(store.config)
-    path = store.save(state_at(3), model=model, optimizer=optimizer)
+    path = save(store, state_at(3), model=model, optimizer=optimizer)
     again, other = trained(store.config, steps=1)
     assert restore(path, model=again, optimizer=other) == state_at(3)
     for (name, expected), (same, found) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
         assert name == same
         assert torch.equal(expected, found), name
-    for expected_state, found_state in zip(optimizer.state.values(), other.state.values(), strict=True):
+    for parameter, same_parameter in zip(model.parameters(), again.parameters(), strict=True):
+        expected_state, found_state = optimizer.state[parameter], other.state[same_parameter]
         assert set(expected_state) == set(found_state) == {"step", "exp_avg", "exp_avg_sq"}
         for key in expected_state:
             assert torch.equal(expected_state[key], found_state[key]), key
@@ -95,7 +102,7 @@ def test_restores_weights_moments_and_state_bit_by_bit(store: CheckpointStore) -
 
 def test_files_are_safetensors_under_plain_names_without_pickle(store: CheckpointStore) -> None:
     model, optimizer = trained(store.config)
-    path = store.save(state_at(3), model=model, optimizer=optimizer)
+    path = save(store, state_at(3), model=model, optimizer=optimizer)
     names: set[str] = set()
     for file in (path / "model").iterdir():
         with safe_open(file, framework="np") as opened:
@@ -108,7 +115,7 @@ def test_files_are_safetensors_under_plain_names_without_pickle(store: Checkpoin
 def test_keeps_the_newest_and_the_milestones(store: CheckpointStore) -> None:
     model, optimizer = trained(store.config)
     for step in (5, 10, 15, 20, 25, 30, 35):
-        store.save(state_at(step), model=model, optimizer=optimizer)
+        save(store, state_at(step), model=model, optimizer=optimizer)
     assert [path.name for path in list_checkpoints(store.folder)] == [
         "step-00000010", "step-00000020", "step-00000030", "step-00000035",
     ]  # fmt: skip
@@ -119,8 +126,8 @@ def test_keeps_the_newest_and_the_milestones(store: CheckpointStore) -> None:
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_damage_to_any_file_is_found_and_named(store: CheckpointStore, name: str, damage: str) -> None:
     model, optimizer = trained(store.config)
-    older = store.save(state_at(3), model=model, optimizer=optimizer)
-    newer = store.save(state_at(4), model=model, optimizer=optimizer)
+    older = save(store, state_at(3), model=model, optimizer=optimizer)
+    newer = save(store, state_at(4), model=model, optimizer=optimizer)
     file = newer / name
     if file.is_dir():
         file = next(file.iterdir())
@@ -146,20 +153,20 @@ def test_retention_never_counts_a_damaged_checkpoint(store: CheckpointStore) -> 
     """Two damaged ones are newer than the one that the run goes on from: its next save must not push that out."""
     model, optimizer = trained(store.config)
     for step in (8, 12):
-        store.save(state_at(step), model=model, optimizer=optimizer)
+        save(store, state_at(step), model=model, optimizer=optimizer)
     for damaged in list_checkpoints(store.folder)[1:]:
         (damaged / "state.json").write_text("{}")
     chosen = store.newest()
     assert chosen is not None
     assert chosen.name == "step-00000008"
-    saved = store.save(state_at(9), model=model, optimizer=optimizer)
+    saved = save(store, state_at(9), model=model, optimizer=optimizer)
     assert list_checkpoints(store.folder) == [chosen, saved]
     assert (store.folder / "step-00000012.damaged").is_dir()
 
 
 def test_partial_folders_are_neither_seen_nor_kept(store: CheckpointStore) -> None:
     model, optimizer = trained(store.config)
-    path = store.save(state_at(3), model=model, optimizer=optimizer)
+    path = save(store, state_at(3), model=model, optimizer=optimizer)
     partial = store.folder / ".step-00000004.partial"
     partial.mkdir()
     (store.folder / "mine").mkdir()
@@ -171,26 +178,26 @@ def test_partial_folders_are_neither_seen_nor_kept(store: CheckpointStore) -> No
 
 def test_weights_that_are_not_finite_are_not_saved(store: CheckpointStore) -> None:
     model, optimizer = trained(store.config)
-    store.save(state_at(3), model=model, optimizer=optimizer)
+    save(store, state_at(3), model=model, optimizer=optimizer)
     with torch.no_grad():
         model.stack.blocks[1].mlp.up.weight[3, 2] = float("nan")
     with pytest.raises(UserError, match=r"stack\.blocks\.1\.mlp\.up\.weight"):
-        store.save(state_at(4), model=model, optimizer=optimizer)
+        save(store, state_at(4), model=model, optimizer=optimizer)
     assert [path.name for path in store.folder.iterdir()] == ["step-00000003"]
 
 
 def test_too_little_space_is_seen_before_writing(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer = trained(store.config)
-    store.save(state_at(3), model=model, optimizer=optimizer)
-    monkeypatch.setattr("pipeline.train.checkpoint.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    save(store, state_at(3), model=model, optimizer=optimizer)
+    monkeypatch.setattr("pipeline.train.storage.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(UserError, match=r"0\.0 MB free\n  the last intact checkpoint is .*step-00000003"):
-        store.save(state_at(4), model=model, optimizer=optimizer)
+        save(store, state_at(4), model=model, optimizer=optimizer)
     assert [path.name for path in store.folder.iterdir()] == ["step-00000003"]
 
 
 def test_foreign_format_is_refused(store: CheckpointStore) -> None:
     model, optimizer = trained(store.config)
-    path = store.save(state_at(3), model=model, optimizer=optimizer)
+    path = save(store, state_at(3), model=model, optimizer=optimizer)
     values = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps({**values, "format": 99}))
     with pytest.raises(UserError, match="has format 99, this version reads 3"):
@@ -199,7 +206,7 @@ def test_foreign_format_is_refused(store: CheckpointStore) -> None:
 
 def test_model_of_another_shape_is_refused(store: CheckpointStore) -> None:
     model, optimizer = trained(store.config)
-    path = store.save(state_at(3), model=model, optimizer=optimizer)
+    path = save(store, state_at(3), model=model, optimizer=optimizer)
     wider = config_of().model_copy(update={"model": store.config.model.model_copy(update={"d_ff": 128})})
     other, its_optimizer = trained(wider)
     with pytest.raises(UserError, match="does not fit this model"):
@@ -208,7 +215,7 @@ def test_model_of_another_shape_is_refused(store: CheckpointStore) -> None:
 
 def test_a_path_that_is_nothing_is_named_with_its_neighbour(store: CheckpointStore) -> None:
     model, optimizer = trained(store.config)
-    path = store.save(state_at(3), model=model, optimizer=optimizer)
+    path = save(store, state_at(3), model=model, optimizer=optimizer)
     with pytest.raises(UserError, match="did you mean"):
         resolve_checkpoint(Path(str(store.folder) + "x"))
     assert resolve_checkpoint(path) == path

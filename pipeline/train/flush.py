@@ -86,16 +86,14 @@ class HostBlocks:
     def __init__(self) -> None:
         self._blocks: list[Tensor] = []
         self._block, self._used = 0, 0
-
-    @property
-    def nbytes(self) -> int:
-        """Memory held."""
-        return len(self._blocks) * BLOCK
+        self.nbytes = 0  # of the latest snapshot
 
     def snapshot(self, flats: Iterable[Tensor]) -> list[list[Tensor]]:
         """Copies of flat tensors, each as one or more blocks. They are good until the next call."""
         self._block, self._used = 0, 0
-        return [self._copy(flat) for flat in flats]
+        copies = [self._copy(flat) for flat in flats]
+        self.nbytes = self._block * BLOCK + self._used
+        return copies
 
     def stream(self, flat: Tensor) -> Iterator[Tensor]:
         """The same elements block by block, as they are in host memory, else copied. Each is good until the next."""

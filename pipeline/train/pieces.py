@@ -165,7 +165,7 @@ class StoredTensor:
 
 
 def read_headers(folder: Location) -> dict[str, StoredTensor]:
-    """All tensors in the files of a folder. Errors: no files, one that is no safetensors file or contradicts another."""
+    """All tensors in the files of a folder. Errors: none there, one that cannot be read or contradicts another."""
     files = [file for file in entries(folder) if file.name.endswith(SUFFIX)]
     if not files:
         raise UserError(f"{folder} holds no {SUFFIX} files")
