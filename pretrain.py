@@ -25,6 +25,7 @@ from pipeline.errors import UserError
 from pipeline.train.announce import announce
 from pipeline.train.checkpoint import resolve_checkpoint, restore_weights
 from pipeline.train.job import Job, run_job
+from pipeline.train.meeting import meet
 from pipeline.train.metrics import meter_of
 from pipeline.train.micro_batch import with_micro_batch
 from pipeline.train.optim import build_optimizer, learning_rate
@@ -41,6 +42,7 @@ def main(job: Job) -> None:
     config, mode = read_command(sys.argv[1:])
     data = open_sources(config)
     runtime = Runtime.start(config, job)
+    meet(runtime, config, datasets=[source.digest for source in data.described()])
     {"train": pretrain, "dry-run": dry_run, "evaluate": evaluate_only}[mode](config, data, runtime)
     runtime.stop()
 

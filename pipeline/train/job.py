@@ -38,6 +38,7 @@ class Job:
         self.pulse = Pulse(launch)
         self.stop: Callable[[], bool] = _never
         self.signal: StopSignal | None = None
+        self.store: dist.Store = dist.HashStore()  # that ranks share, after `assemble`
         self._said: frozenset[str] = frozenset()
         if watched:
             faulthandler.enable(file=STDERR)  # a crash in C tells where
@@ -64,8 +65,8 @@ class Job:
         said, self._said = what in self._said, self._said | {what}
         return not said
 
-    def assemble(self, *, limit: float) -> dist.Store:
-        """Find the other ranks; a store that they share, for the process group.
+    def assemble(self, *, limit: float) -> None:
+        """Find the other ranks: from now on `store` is one that they share.
 
         limit: seconds to wait for them; those missing are named earlier, once. Errors: they have not come by then.
         """
@@ -83,7 +84,7 @@ class Job:
         roll = _call_roll if launch.rank == 0 else _answer_roll
         session, hosts = roll(stores[0], launch, lifelines, limit)
         self.pulse.join(dist.PrefixStore(session, stores[1]), lifelines, hosts)
-        return dist.PrefixStore(session, stores[0])
+        self.store = dist.PrefixStore(session, stores[0])
 
 
 def run_job(main: Callable[[Job], None]) -> None:
@@ -99,11 +100,11 @@ def run_job(main: Callable[[Job], None]) -> None:
         if launch.world_size > 1:
             _end_together(job, error)
         code, message = verdict(error)
-        _notify(job, EXIT_UNFINISHED if code is None else code, message or _first_line(error))
+        job.pulse.notify(EXIT_UNFINISHED if code is None else code, message or _first_line(error))
         job.pulse.close()
         if tell(error) is None:
             raise
-        raise SystemExit(code) from None
+        raise SystemExit(launch.stopped_code if isinstance(error, StoppedEarly) else code) from None
     job.pulse.close()
 
 
@@ -118,26 +119,20 @@ def _end_together(job: Job, error: BaseException) -> NoReturn:
         own = error.code if isinstance(error, SystemExit) else launch.stopped_code
         pulse.leave(own if isinstance(own, int) else 0, message)
     text = message.removeprefix("error: ") or _first_line(error)
-    cause = pulse.fail(text, consequence=is_consequence(error))
     code = EXIT_UNFINISHED if code is None else code
+    cause = pulse.fail(text, code, consequence=is_consequence(error))
     if cause.rank != launch.rank:
         if cause.text == text:  # a mistake that every rank has found
             pulse.leave(code, text)
         pulse.follow(cause)
     if not pulse.joined and launch.local_rank != 0:
-        time.sleep(
-            pulse_of_job.CONSEQUENCE
-        )  # the first rank of this host tells, and ends this one, unless it is not its fault
+        # Most likely the first rank of this host has made the same mistake, and its end is the end of this one.
+        time.sleep(pulse_of_job.CONSEQUENCE)
     trace = "".join(traceback.format_exception(error)) if message == "" else ""
     pulse_of_job.tell(f"{launch.who} failed:\n{trace}" if trace else message)
     if pulse.joined and launch.rank == 0 and not launch.agent_store:
         time.sleep(pulse_of_job.GRACE)  # its store tells the others why
     pulse.leave(code, text)
-
-
-def _notify(job: Job, code: int, text: str) -> None:
-    if job.pulse.on_end is not None:
-        job.pulse.on_end(code, text)
 
 
 def _first_line(error: BaseException) -> str:

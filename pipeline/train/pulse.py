@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from pipeline.errors import EXIT_HUNG, UserError
+from pipeline.errors import EXIT_HUNG, EXIT_STOPPED, UserError
 from pipeline.train.launched import Launch
 from pipeline.train.lifeline import Lifelines
 
@@ -39,9 +39,9 @@ _MARKS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer
 
 @dataclass(frozen=True)
 class Ending:
-    """Why the job ends: what happened to `rank`.
+    """Why the job ends: what happened to `rank`, and the code that it exits with.
 
-    code: what processes exit with that merely follow. late: the ranks that made no progress, if that is why.
+    late: the ranks that made no progress, if that is why.
     """
 
     rank: int
@@ -49,6 +49,11 @@ class Ending:
     text: str
     code: int = EXIT_HUNG
     late: tuple[int, ...] = ()
+
+    @property
+    def asked_for(self) -> bool:
+        """Whether it is a stop, and no failure."""
+        return self.code in (0, EXIT_STOPPED)
 
     def written(self) -> str:
         """As JSON."""
@@ -69,7 +74,7 @@ class Pulse:
     """Beats of this process and, after `join`, of its job.
 
     limit: seconds without a beat before the job is taken to hang. stacks: folder for what each rank was doing then.
-    on_end: called in rank 0 with the exit code and the cause, before it ends for any other reason than success.
+    on_end: called in rank 0 with the exit code of what failed and the cause, before it ends without success.
     """
 
     def __init__(self, launch: Launch, *, limit: float = 600.0) -> None:
@@ -140,13 +145,13 @@ class Pulse:
             self._lifelines.part(wait=10.0 if host else 0.0)
             self._lifelines = None
 
-    def fail(self, text: str, *, consequence: bool) -> Ending:
+    def fail(self, text: str, code: int, *, consequence: bool) -> Ending:
         """This rank's main thread has failed: the cause of the job's end, which is another one when `rank` differs.
 
         Does not return when this process is ending already.
         """
         self._leaving.acquire()
-        own = Ending(self.launch.rank, self.launch.host, text)
+        own = Ending(self.launch.rank, self.launch.host, text, code)
         if self._store is None:
             return own
         deadline = time.monotonic() + (CONSEQUENCE if consequence else 0.0)
@@ -159,7 +164,7 @@ class Pulse:
         code = self.launch.stopped_code
         own = Ending(self.launch.rank, self.launch.host, text, code=code)
         cause = own if self._store is None else self._claim(own)
-        if cause.code != code or not self._leaving.acquire(blocking=False):
+        if not cause.asked_for or not self._leaving.acquire(blocking=False):
             return  # the signal came because a rank has failed, and the watch ends this one
         if cause == own and (self._store is not None or self.launch.local_rank == 0):
             tell(text)
@@ -167,18 +172,25 @@ class Pulse:
 
     def follow(self, cause: Ending) -> NoReturn:
         """End this process because of another one."""
-        if cause.code == EXIT_HUNG and not self._told:
+        if not cause.asked_for and not self._told:
             who = f"{self.launch.who} ends because "
             tell(who + (cause.text if cause.late else f"rank {cause.rank} on {cause.host} failed: {cause.text}"))
-        self.leave(cause.code, cause.text)
+        self.leave(cause.code if cause.asked_for else EXIT_HUNG, cause.text, cause=cause.code)
 
-    def leave(self, code: int, text: str) -> NoReturn:
-        """End this process now, whatever its threads wait for: the process group must not be torn down in a fault."""
-        if self.on_end is not None and self.launch.rank == 0:
-            self.on_end(code, text)
+    def leave(self, code: int, text: str, *, cause: int | None = None) -> NoReturn:
+        """End this process now, whatever its threads wait for: the process group must not be torn down in a fault.
+
+        cause: the code of the rank that failed, where it is another one.
+        """
+        self.notify(code if cause is None else cause, text)
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(code)
+
+    def notify(self, code: int, text: str) -> None:
+        """Have the end recorded; a stop has the same code under every launcher."""
+        if self.on_end is not None and self.launch.rank == 0:
+            self.on_end(EXIT_STOPPED if code == 0 else code, text)
 
     # What the thread does
 

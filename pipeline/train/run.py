@@ -191,7 +191,8 @@ class Run:
         state = state.model_copy(update={"loss_scale": trainer.loss_scale()})
         if self.runtime.is_main:
             self.record.sync()
-        self.store.begin(state, model=trainer.parallel.model, optimizer=trainer.optimizer)
+        with self.runtime.pulse.unhurried(f"saving step {state.step}"):
+            self.store.begin(state, model=trainer.parallel.model, optimizer=trainer.optimizer)
         self._tell("running", state.step, exit_code=None, message=f"checkpoint of step {state.step} begun")
         if self.runtime.is_main and (state.step == self.config.total_steps or began > self._drawn + DRAW_SECONDS):
             self._draw()
@@ -215,7 +216,8 @@ class Run:
         self.runtime.say(message)
 
     def _close(self) -> None:
-        self.store.finish()
+        with self.runtime.pulse.unhurried("waiting for the last checkpoint"):
+            self.store.finish()
         if self.trackers is not None:
             self.trackers.finish()
         self._held.close()
@@ -234,8 +236,9 @@ class Run:
             write_status(self.folder, Status(status=status, step=step, exit_code=exit_code, message=message))
 
     def _failed(self, exit_code: int, message: str) -> None:
-        """What the process calls before it ends for another reason than its end or a stop."""
-        self._tell("failed", self._step, exit_code=exit_code, message=message)
+        """What the process calls before it ends for another reason than its end or a stop that was saved."""
+        status: Literal["stopped", "failed"] = "stopped" if exit_code == EXIT_STOPPED else "failed"
+        self._tell(status, self._step, exit_code=exit_code, message=message)
 
     def _draw(self) -> None:
         try:

@@ -189,10 +189,11 @@ def _join_group(job: Job, device_type: str, *, alone_too: bool) -> None:
                 "there; start as many processes per node as it has GPUs"
             )
         torch.cuda.set_device(launch.local_rank)
-    store = dist.HashStore() if launch.world_size == 1 else job.assemble(limit=job.pulse.limit)
+    if launch.world_size > 1:
+        job.assemble(limit=job.pulse.limit)
     # The pulse ends ranks that wait in vain, and knows for whom; the group's own limit comes only after it.
     timeout = timedelta(seconds=2 * PATIENCE * job.pulse.limit + 60)
-    dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+    dist.init_process_group(backend, store=job.store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
 
 
 def _accelerator(config: Config, device_type: str) -> Accelerator:
@@ -223,7 +224,7 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "threads": torch.get_num_threads(),
-        "git": _git_commit(),
+        "git": git_commit(),
     }
 
 
@@ -265,7 +266,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
+    """The commit that this code is, with "-dirty" when it was changed; None outside of a repository."""
     try:
         found = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
