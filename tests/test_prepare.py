@@ -16,6 +16,7 @@ import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -891,3 +892,40 @@ def test_a_large_text_is_told_to_be_one_document(tmp_path: Path, size: int, note
     note = f"note: 1 plain text of over 1 MB, such as {tmp_path / 'a.txt'} (1.0 MB): a text file is one document"
     assert (note in rehearsed(plain)) == noted
     assert "--text-separator" not in rehearsed(replace(plain, rules=TextRules(separator="\n\n")))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "jsonl.gz", "txt"])
+def test_rows_after_a_unit_done_without_are_those_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Two units of many kill their worker; blank lines are rows, and the last line has no end."""
+    noise = random.Random(0)
+    texts = [f"row {i} {noise.randbytes(noise.randint(1, 90)).hex()}" for i in range(400)]
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.table({"text": texts}), path, row_group_size=50)
+    elif kind == "txt":
+        path.write_text("|".join(texts))
+    else:
+        lines = "".join(json.dumps({"text": text}) + "\n" * (1 + i % 3) for i, text in enumerate(texts)).encode()
+        path.write_bytes(gzip.compress(lines) if kind == "jsonl.gz" else lines.strip())
+
+    def deadly(unit: Unit, settings: Any, *, on_batch: Any = None) -> UnitReport:
+        if (unit.number, unit.part) in {(1, None), (3, None), (0, 1)}:
+            raise BrokenProcessPool
+        return prepare_unit(unit, settings, on_batch=on_batch)
+
+    monkeypatch.setattr("pipeline.data.preparing.prepare.prepare_unit", deadly)
+    rules = TextRules(unit_bytes=5000, separator="|" if kind == "txt" else None)
+    wanted = request(path, tokenizer="bytes", allow_failed=True, rules=rules)
+    manifest, _ = run(wanted)
+    assert len(manifest.failed) == (1 if kind == "jsonl.gz" else 2)
+    assert "killed twice" in manifest.failed[0].reason
+    split, train = open_dataset(tmp_path / "out").split("train"), documents(tmp_path / "out", "train")
+    assert len(train) > 150
+    numbers = [split.describe(n).row for n in range(len(train))]
+    line_of = [i for i in range(400) for _ in range(1 + i % 3)] if kind.startswith("jsonl") else list(range(400))
+    right = [int(text.split()[1]) == line_of[row] for text, row in zip(train, numbers, strict=True)]
+    said = f"; rows of {path} after it are numbered as if it had none" in manifest.failed[0].reason
+    assert said != all(right)
+    assert said == (kind in ("txt", "jsonl.gz"))

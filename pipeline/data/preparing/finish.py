@@ -29,6 +29,8 @@ from pipeline.data.preparing.request import input_infos
 from pipeline.data.preparing.unit import UnitReport, UnitSettings
 from pipeline.data.reading.corpus import Corpus
 from pipeline.data.reading.formats import Rejected
+from pipeline.data.reading.plan import Unit
+from pipeline.data.reading.readers import count_rows
 from pipeline.data.shards import token_dtype
 from pipeline.errors import UserError
 
@@ -104,6 +106,35 @@ def refuse_empty_split(reports: Sequence[UnitReport], settings: UnitSettings) ->
     else:
         remedy = "choose another --val-fraction (0 for no validation split), or give more text"
     raise UserError(f"--val-fraction {rule.fraction:g} leaves {empty[0]} empty with {documents} documents; {remedy}")
+
+
+def done_without(unit: Unit, reason: str) -> tuple[FailedUnit, UnitReport]:
+    """A unit that gave nothing, as the manifest tells of it; and in the place of its report, the rows it has.
+
+    So rows that follow in the same source keep their numbers. Where its own cannot be counted, the reason says so.
+    """
+    rows: dict[int, int] = {}
+    for piece in unit.pieces:
+        counted = count_rows(piece)
+        if counted is None and not (piece.whole or unit.stream):  # nothing follows these
+            reason += f"; rows of {piece.source.name} after it are numbered as if it had none"
+        rows[piece.index] = rows.get(piece.index, 0) + (counted or 0)
+    report = UnitReport(
+        unit=unit.number,
+        part=unit.part,
+        key="",
+        shards={},
+        first_sources={},
+        documents=0,
+        text_bytes=0,
+        rows=rows,
+        drops={},
+        examples=(),
+        noticed={},
+        quarantine=None,
+        lowest_draw=2**64 - 1,
+    )
+    return FailedUnit(unit=unit.name, reason=reason), report
 
 
 def earlier_rows(reports: Sequence[UnitReport]) -> list[dict[int, int]]:

@@ -24,29 +24,26 @@ from pipeline.data.manifest import (
     TOKENIZER_NAME,
     FailedUnit,
     Manifest,
-    digest_of,
     read_manifest,
     write_manifest,
 )
 from pipeline.data.preparing.decide import corpus_of, encoder_for, free_bytes, make_tokenizer, split_rule
 from pipeline.data.preparing.executors import CutEnd, Failure, UnitRun, open_place
-from pipeline.data.preparing.finish import manifest_of, no_documents, refuse_empty_split, too_many_bad, write_quarantine
-from pipeline.data.preparing.ledger import (
-    Entry,
-    Ledger,
-    LedgerHeader,
-    StreamEnd,
-    finished,
-    headers,
-    ledgers,
-    unrecorded,
+from pipeline.data.preparing.finish import (
+    done_without,
+    manifest_of,
+    no_documents,
+    refuse_empty_split,
+    too_many_bad,
+    write_quarantine,
 )
+from pipeline.data.preparing.ledger import Entry, Ledger, StreamEnd, finished, headers, ledgers, unrecorded
 from pipeline.data.preparing.progress import UnitProgress
 from pipeline.data.preparing.request import (
     Request,
     complete_manifest,
+    header_of,
     input_changes,
-    input_infos,
     refuse_foreign,
     sizes_agree,
 )
@@ -135,14 +132,10 @@ class _Preparation:
             strict=request.strict,
             allow_failed=request.allow_failed,
         )
-        self.header = LedgerHeader(
-            settings=identity,
-            inputs_digest=self._inputs_digest,
-            tokenizer_fingerprint=tokenizer.fingerprint,
-            inputs=input_infos(corpus),
-        )
+        self.header = header_of(identity, corpus, tokenizer_fingerprint=tokenizer.fingerprint)
         self.done: dict[tuple[int, int], UnitReport] = {}
         self.ends: dict[int, StreamEnd] = {}
+        self.lost: list[UnitReport] = []
         self._keep()
         size = sum(unit.size for unit in self._todo())
         left = estimate(seen.sample, size, encoder=encoder, vocab_size=tokenizer.vocab_size, workers=1)
@@ -184,7 +177,7 @@ class _Preparation:
             raise _disk_full(self.output, needed=int(needed)) from None
         finally:
             self._clean()
-        ordered = [self.done[place] for place in sorted(self.done)]
+        ordered = sorted([*self.done.values(), *self.lost], key=lambda report: report.place)
         failed += [FailedUnit(unit=report.name, reason=reason) for report in ordered for reason in report.failed]
         if failed and not self.request.allow_failed:
             raise Unfinished(
@@ -212,18 +205,15 @@ class _Preparation:
                 ledger.path.unlink()
         return manifest
 
-    @property
-    def _inputs_digest(self) -> str:
-        return digest_of([[source.name, source.fingerprint] for source in self.corpus.sources])
-
     def _tokenizer(self) -> TextTokenizer:
         """The tokenizer asked for; the one of an earlier run, where a ledger vouches for it, is not made twice."""
         try:
             saved = TextTokenizer.from_file(self.output / TOKENIZER_NAME, eos=self.request.eos)
         except UserError:  # not there, or damaged
             return make_tokenizer(self.request, self.units)
+        wanted = header_of(self.identity, self.corpus, tokenizer_fingerprint=saved.fingerprint)
         for header in headers(self.output):
-            if (header.inputs_digest, header.tokenizer_fingerprint) == (self._inputs_digest, saved.fingerprint):
+            if (header.inputs_digest, header.tokenizer_fingerprint) == (wanted.inputs_digest, saved.fingerprint):
                 return saved
         return make_tokenizer(self.request, self.units)
 
@@ -289,8 +279,10 @@ class _Preparation:
                 )
                 for outcome in run.outcomes(todo):
                     if isinstance(outcome, Failure):
-                        failed.append(FailedUnit(unit=outcome.unit.name, reason=outcome.reason))
-                        self.console.print(f"warning: unit {outcome.unit.name} failed: {outcome.reason}", markup=False)
+                        failure, stand_in = done_without(outcome.unit, outcome.reason)
+                        failed.append(failure)
+                        self.lost.append(stand_in)
+                        self.console.print(f"warning: unit {failure.unit} failed: {failure.reason}", markup=False)
                     elif isinstance(outcome, CutEnd):
                         self._record(self._end_of(outcome))
                     else:

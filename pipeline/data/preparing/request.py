@@ -24,7 +24,7 @@ from pipeline.data.manifest import (
     read_manifest,
 )
 from pipeline.data.preparing.encoder import Backend
-from pipeline.data.preparing.ledger import headers, ledgers, unrecorded
+from pipeline.data.preparing.ledger import LedgerHeader, headers, ledgers, unrecorded
 from pipeline.data.preparing.unit import UnitReport
 from pipeline.data.reading.corpus import Corpus, is_unicode
 from pipeline.data.reading.formats import TextRules
@@ -239,6 +239,17 @@ def input_infos(corpus: Corpus) -> tuple[InputInfo, ...]:
     return tuple(
         InputInfo(name=source.name, kind=source.kind, size=source.size, fingerprint=source.fingerprint)
         for source in corpus.sources
+    )
+
+
+def header_of(identity: dict[str, Any], corpus: Corpus, *, tokenizer_fingerprint: str) -> LedgerHeader:
+    """The header of a ledger whose units are made for these."""
+    digest = digest_of([[source.name, source.fingerprint] for source in corpus.sources])
+    return LedgerHeader(
+        settings=identity,
+        inputs_digest=digest,
+        tokenizer_fingerprint=tokenizer_fingerprint,
+        inputs=input_infos(corpus),
     )
 
 

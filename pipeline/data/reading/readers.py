@@ -75,6 +75,22 @@ def promised_rows(piece: Piece) -> int:
         return 0
 
 
+def count_rows(piece: Piece) -> int | None:
+    """Rows of a piece without parsing a record or holding one: of tables and JSON lines. None where that cannot be."""
+    if piece.source.kind in ("saved", "parquet"):
+        return promised_rows(piece)
+    if piece.source.kind != "jsonl":
+        return None
+    lines, last = 0, b"\n"
+    try:
+        with _stream(piece) as stream:
+            while block := stream.read(BLOCK_BYTES):
+                lines, last = lines + block.count(b"\n"), block[-1:]
+    except (OSError, EOFError, UserError):  # gone, or damaged
+        return None
+    return lines + (last != b"\n")
+
+
 def keys_of(source: Source) -> list[str] | None:
     """Keys of the first record of a source, or None where there is no record or no key (plain text)."""
     if source.kind == "text" or source.size == 0:
