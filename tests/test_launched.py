@@ -1,0 +1,103 @@
+"""How a process learns that it is one of many: from torchrun, from srun, or not at all."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.train.launched import Launch, _prepare, first_host, launch_of, tasks_per_node
+
+TORCHRUN = {
+    "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2",
+    "MASTER_ADDR": "a", "MASTER_PORT": "1234", "TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_USE_AGENT_STORE": "True",
+}  # fmt: skip
+# as srun(1) documents them, for `srun --nodes 3 --ntasks 5`
+SRUN = {
+    "SLURM_STEP_NUM_TASKS": "5", "SLURM_STEP_NUM_NODES": "3", "SLURM_PROCID": "4", "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "2", "SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_STEP_NODELIST": "gpu[007-008,12]",
+    "SLURM_JOB_ID": "4020123",
+}  # fmt: skip
+
+
+def test_alone() -> None:
+    launch = launch_of({}, host="h")
+    assert launch == Launch(host="h")
+    assert (launch.world_size, launch.stopped_code, launch.who) == (1, 75, "this process")
+
+
+def test_torchrun() -> None:
+    launch = launch_of(TORCHRUN, host="h")
+    assert launch == Launch(3, 4, 1, 2, "a", 1234, agent_store=True, elastic=True, host="h")
+    assert (launch.stopped_code, launch.who) == (0, "rank 3 on h")
+
+
+def test_one_process_of_torchrun_stops_with_0_too() -> None:
+    assert launch_of({"WORLD_SIZE": "1", "RANK": "0", "TORCHELASTIC_RUN_ID": "x"}, host="h").stopped_code == 0
+
+
+def test_srun_without_torchrun() -> None:
+    launch = launch_of(SRUN, host="h")
+    assert launch == Launch(4, 5, 0, 1, "gpu007", 20123, host="h")
+    assert launch.stopped_code == 75
+
+
+def test_srun_yields_to_what_is_set() -> None:
+    launch = launch_of({**SRUN, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "5"}, host="h")
+    assert (launch.address, launch.port) == ("10.0.0.1", 5)
+
+
+def test_torchrun_under_srun_counts_torchruns_ranks() -> None:
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_PROCID": "1"}
+    assert launch_of({**step, **TORCHRUN}, host="h").rank == 3
+
+
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_a_world_of_one_among_several_tasks_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=f"one of 4 tasks .{name}., but as a world of one"):
+        launch_of({name: "4", "WORLD_SIZE": "1"}, host="h")
+
+
+def test_worlds_per_node_are_refused() -> None:
+    alone = {**TORCHRUN, "RANK": "1", "WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1"}
+    with pytest.raises(UserError, match="a world of its own with 2 ranks; give torchrun --nnodes 2"):
+        launch_of({**alone, "SLURM_STEP_NUM_NODES": "2"}, host="h")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"RANK": ""}, "RANK must be a number, but it is ''"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK must be a number, but it is 'x'"),
+        ({"RANK": "4"}, "rank 4 .local 1. does not lie in a world of 4 with 2"),
+        ({"LOCAL_RANK": "2"}, "rank 3 .local 2. does not lie"),
+    ],
+)
+def test_half_a_launch_is_refused(change: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        launch_of({**TORCHRUN, **change}, host="h")
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("node7", "node7"), ("a,b", "a"), ("n[1-3]", "n1"), ("n[007,9]", "n007"), ("n[5],m[1-2]", "n5"),
+        ("a,n[1-2]", "a"), ("r[1-2]-x,b", "r1-x"),
+    ],
+)  # fmt: skip
+def test_first_host(text: str, first: str) -> None:
+    assert first_host(text) == first
+
+
+def test_tasks_per_node() -> None:
+    assert tasks_per_node("8(x3),2,1(x2)") == [8, 8, 8, 2, 1, 1]
+
+
+def test_libraries_are_prepared_but_the_users_settings_stay() -> None:
+    environment: dict[str, str] = {}
+    _prepare(environment, deterministic=True)
+    assert environment == {
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True", "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    }  # fmt: skip
+    own = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64", "CUBLAS_WORKSPACE_CONFIG": ":16:8"}
+    _prepare(own, deterministic=True)
+    assert own == {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64", "CUBLAS_WORKSPACE_CONFIG": ":16:8"}
