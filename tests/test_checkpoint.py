@@ -1,11 +1,21 @@
 from __future__ import annotations
 
+import errno
+import io
 import json
+import resource
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from pipeline.config import Config
 from pipeline.config_data import SourceConfig
@@ -14,18 +24,22 @@ from pipeline.errors import UserError
 from pipeline.model.transformer import Decoder, build_model, initialise
 from pipeline.ramp import Ramp
 from pipeline.train.checkpoint import (
+    checkpoint_folder,
     list_checkpoints,
     load_model,
     newest_intact,
+    optimizer_tensors,
     read_state,
     resolve_checkpoint,
     restore,
     verify,
 )
 from pipeline.train.optim import build_optimizer
+from pipeline.train.pieces import write_stream
 from pipeline.train.runtime import Runtime
 from pipeline.train.state import BatchSizes, TrainState
-from pipeline.train.store import CheckpointStore
+from pipeline.train.storage import LocalShelf, entries, locate, read_bytes, write_bytes
+from pipeline.train.store import CheckpointStore, DiskNeeds
 
 SETTINGS = {
     "model": {"n_layers": 2, "n_heads": 2, "d_model": 16, "context_length": 8},
@@ -33,7 +47,7 @@ SETTINGS = {
 }
 
 
-def config_of(**checkpoint: int) -> Config:
+def config_of(**checkpoint: object) -> Config:
     return Config.model_validate({**SETTINGS, "checkpoint": checkpoint})
 
 
@@ -74,9 +88,9 @@ def save(store: CheckpointStore, state: TrainState, *, model: Decoder, optimizer
     return Path(str(list_checkpoints(store.folder)[-1]))
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> CheckpointStore:
-    config = config_of(every=5, keep=2, keep_every=10)
+@pytest.fixture(params=[True, False], ids=["asynchronous", "at once"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> CheckpointStore:
+    config = config_of(every=5, keep=2, keep_every=10, asynchronous=request.param)
     runtime = Runtime.start(config)
     return CheckpointStore(tmp_path / "checkpoints", config, tokenizer_json=b"{}", runtime=runtime)
 
@@ -122,7 +136,7 @@ def test_keeps_the_newest_and_the_milestones(store: CheckpointStore) -> None:
     assert {path.name for path in store.folder.iterdir()} == {path.name for path in list_checkpoints(store.folder)}
 
 
-@pytest.mark.parametrize("name", ["state.json", "config.yaml", "tokenizer.json", "model", "optimizer"])
+@pytest.mark.parametrize("name", ["state.json", "config.yaml", "tokenizer.json", "model", "optimizer", "manifest.json"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_damage_to_any_file_is_found_and_named(store: CheckpointStore, name: str, damage: str) -> None:
     model, optimizer = trained(store.config)
@@ -176,23 +190,307 @@ def test_partial_folders_are_neither_seen_nor_kept(store: CheckpointStore) -> No
     assert (store.folder / "mine").is_dir()
 
 
-def test_weights_that_are_not_finite_are_not_saved(store: CheckpointStore) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_not_saved(store: CheckpointStore, value: float) -> None:
     model, optimizer = trained(store.config)
     save(store, state_at(3), model=model, optimizer=optimizer)
     with torch.no_grad():
-        model.stack.blocks[1].mlp.up.weight[3, 2] = float("nan")
+        model.stack.blocks[1].mlp.up.weight[3, 2] = value
     with pytest.raises(UserError, match=r"stack\.blocks\.1\.mlp\.up\.weight"):
         save(store, state_at(4), model=model, optimizer=optimizer)
-    assert [path.name for path in store.folder.iterdir()] == ["step-00000003"]
+    assert names_in(store) == ["step-00000003"]
 
 
 def test_too_little_space_is_seen_before_writing(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer = trained(store.config)
     save(store, state_at(3), model=model, optimizer=optimizer)
     monkeypatch.setattr("pipeline.train.storage.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr("pipeline.train.flush.write_stream", None)
     with pytest.raises(UserError, match=r"0\.0 MB free\n  the last intact checkpoint is .*step-00000003"):
         save(store, state_at(4), model=model, optimizer=optimizer)
-    assert [path.name for path in store.folder.iterdir()] == ["step-00000003"]
+    assert names_in(store) == ["step-00000003"]
+
+
+def test_a_disk_that_fills_up_meanwhile_leaves_the_earlier_one_alone(store: CheckpointStore) -> None:
+    """A limit on the size of files stands for the disk."""
+    model, optimizer = trained(store.config)
+    earlier = save(store, state_at(3), model=model, optimizer=optimizer)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"step-00000004: File too large\n  the last intact") as raised:
+            save(store, state_at(4), model=model, optimizer=optimizer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert isinstance(raised.value.__cause__, OSError)
+    assert names_in(store) == ["step-00000003"]
+    assert verify(earlier) == []
+    save(store, state_at(4), model=model, optimizer=optimizer)
+    assert names_in(store) == ["step-00000003", "step-00000004"]
+
+
+def test_a_bug_in_the_background_is_told_with_its_traceback(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = trained(store.config)
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("pipeline.train.flush.write_stream", broken)
+    with pytest.raises(RuntimeError, match="step-00000003 could not be written") as raised:
+        save(store, state_at(3), model=model, optimizer=optimizer)
+    cause = raised.value.__cause__
+    assert isinstance(cause, ZeroDivisionError)
+    assert "broken" in [frame.name for frame in traceback.extract_tb(cause.__traceback__)]
+    assert names_in(store) == []
+    store.finish()  # once is enough
+
+
+@pytest.mark.parametrize("fault", ["permission", "gone"])
+def test_a_folder_that_cannot_be_written_is_named(
+    store: CheckpointStore, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = trained(store.config)
+    if fault == "permission":
+        monkeypatch.setattr(Path, "mkdir", denied)
+    else:
+        store.folder.write_text("a file")  # type: ignore[union-attr] - a local one
+    with pytest.raises(UserError, match=r"could not save .*step-00000003: (Permission denied|Not a directory)"):
+        save(store, state_at(3), model=model, optimizer=optimizer)
+
+
+def denied(self: Path, *_: object, **__: object) -> None:
+    raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+
+def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = trained(store.config)
+    save(store, state_at(3), model=model, optimizer=optimizer)
+    monkeypatch.setattr(Path, "iterdir", denied)
+    with pytest.raises(UserError, match="cannot be listed: Permission denied"):
+        store.newest()
+
+
+def test_what_does_not_read_back_is_not_a_checkpoint(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that tells other bytes than it was given."""
+    model, optimizer = trained(store.config)
+
+    def write_badly(stream: IO[bytes], header: bytes, blocks: Iterable[Tensor]) -> dict[str, int | str]:
+        about = write_stream(stream, header, blocks)
+        stream.seek(-1, io.SEEK_END)
+        stream.write(b"?")
+        return about
+
+    monkeypatch.setattr("pipeline.train.flush.write_stream", write_badly)
+    with pytest.raises(UserError, match="does not read back"):
+        save(store, state_at(3), model=model, optimizer=optimizer)
+    assert names_in(store) == []
+
+
+def test_a_file_that_another_rank_lost_is_missed(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = trained(store.config)
+    monkeypatch.setattr("pipeline.train.flush.size_of", lambda file: 7)
+    with pytest.raises(UserError, match=r"00001-of-00001\.safetensors has 7 bytes instead of"):
+        save(store, state_at(3), model=model, optimizer=optimizer)
+    assert names_in(store) == []
+
+
+def names_in(store: CheckpointStore) -> list[str]:
+    return [place.name for place in entries(store.folder)]
+
+
+def test_what_changes_after_begin_does_not_reach_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written before all weights and moments have changed."""
+    config = config_of(every=5)
+    store = CheckpointStore(tmp_path, config, tokenizer_json=b"{}", runtime=Runtime.start(config))
+    model, optimizer = trained(config)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    moments = {name: tensor.clone() for name, tensor in optimizer_tensors(model, optimizer).items()}
+    go, make = threading.Event(), LocalShelf.make
+    monkeypatch.setattr(LocalShelf, "make", lambda shelf, place: (go.wait(60), make(shelf, place)))
+    store.begin(state_at(3), model=model, optimizer=optimizer)
+    store.poll()
+    assert list_checkpoints(tmp_path) == [], "it has not been written yet"
+    with torch.no_grad():
+        for tensor in (*model.state_dict().values(), *optimizer_tensors(model, optimizer).values()):
+            tensor.fill_(float("nan"))
+    go.set()
+    store.finish()
+    [checkpoint] = list_checkpoints(tmp_path)
+    for part, expected in (("model", weights), ("optimizer", moments)):
+        [file] = entries(checkpoint / part)
+        found = load_file(str(file))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_saved_is_said_only_of_what_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of(every=5)
+    store = CheckpointStore(tmp_path, config, tokenizer_json=b"{}", runtime=Runtime.start(config))
+    model, optimizer = trained(config)
+    go, publish = threading.Event(), LocalShelf.publish
+    monkeypatch.setattr(LocalShelf, "publish", lambda shelf, step: (go.wait(60), publish(shelf, step)))
+    store.begin(state_at(3), model=model, optimizer=optimizer)
+    store.poll()
+    assert "saved" not in capsys.readouterr().out
+    threading.Timer(0.3, go.set).start()
+    store.begin(state_at(4), model=model, optimizer=optimizer)  # waits for the first
+    assert list_checkpoints(tmp_path)[0].name == "step-00000003"
+    assert capsys.readouterr().out.count("saved /") == 1
+    store.finish()
+    assert "step-00000004: 0.1 MB in" in capsys.readouterr().out
+
+
+def test_a_failure_is_raised_by_the_next_poll(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(every=5)
+    store = CheckpointStore(tmp_path, config, tokenizer_json=b"{}", runtime=Runtime.start(config))
+    model, optimizer = trained(config)
+    monkeypatch.setattr(LocalShelf, "make", denied)
+    store.begin(state_at(3), model=model, optimizer=optimizer)
+    deadline = time.monotonic() + 30
+    raised = None
+    while raised is None and time.monotonic() < deadline:
+        try:
+            store.poll()
+        except UserError as error:
+            raised = error
+    assert "Permission denied" in str(raised)
+    store.poll()  # once is enough
+
+
+def test_older_ones_that_cannot_be_removed_are_warned_of(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, optimizer = trained(store.config)
+    for step in (5, 6):
+        save(store, state_at(step), model=model, optimizer=optimizer)
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalShelf, "remove", denied)
+        save(store, state_at(7), model=model, optimizer=optimizer)
+    assert "warning: older checkpoints could not be removed" in capsys.readouterr().out
+    save(store, state_at(8), model=model, optimizer=optimizer)
+    assert names_in(store) == ["step-00000007", "step-00000008"]
+
+
+def test_what_is_kept_needs_as_much_disk_as_was_said(store: CheckpointStore) -> None:
+    """Before the first update, and with checkpoints there. 100 steps: each fifth saved, 2 kept, each tenth for ever."""
+    fresh, no_moments = trained(store.config, steps=0)
+    model, optimizer = trained(store.config)
+    needs = store.requirements(state_at(0), model=fresh, optimizer=no_moments)
+    assert needs.at_once == 2 + 1 + 10
+    assert needs.needed == 13 * needs.checkpoint
+    assert needs.free is not None
+    assert needs.fits
+    path = save(store, state_at(5), model=model, optimizer=optimizer)
+    tensors = sum(file.stat().st_size for file in path.rglob("*.safetensors"))
+    assert needs.checkpoint <= tensors <= needs.checkpoint + 10_000
+    later = store.requirements(state_at(5), model=model, optimizer=optimizer)
+    assert later.checkpoint == needs.checkpoint
+    assert (later.at_once, later.needed) == (13, 12 * needs.checkpoint)
+    assert store.requirements(state_at(95), model=model, optimizer=optimizer).at_once == 2
+    assert not DiskNeeds(10, 3, 30, 29).fits
+    assert DiskNeeds(10, 3, 30, None).fits
+
+
+def test_updates_that_were_skipped_do_not_count_for_the_optimizer(store: CheckpointStore) -> None:
+    model, optimizer = trained(store.config, steps=3)
+    state = state_at(5).model_copy(update={"skipped": (2, 4)})
+    path = save(store, state, model=model, optimizer=optimizer)
+    again, other = trained(store.config, steps=0)
+    restore(path, model=again, optimizer=other)
+    assert [float(moments["step"]) for moments in other.state.values()] == [3.0] * len(optimizer.state)
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2),
+    "adamw fused": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True),
+    "amsgrad": lambda model: torch.optim.Adam(model.parameters(), lr=1e-2, amsgrad=True),
+    "momentum": lambda model: torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9),
+    "muon": lambda model: torch.optim.Muon([p for p in model.parameters() if p.dim() == 2], lr=1e-2),
+    "no moments": lambda model: torch.optim.SGD(model.parameters(), lr=1e-2),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("steps", [0, 3])
+def test_any_optimizer_goes_on_as_if_nothing_had_been(tmp_path: Path, kind: str, steps: int) -> None:
+    config = config_of()
+    store = CheckpointStore(tmp_path, config, tokenizer_json=b"{}", runtime=Runtime.start(config))
+
+    def walk(model: Decoder, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            tokens = torch.randint(0, 11, (2, 8), generator=torch.Generator().manual_seed(step))
+            model(tokens, labels=tokens).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, _ = trained(config, steps=0)
+    optimizer = OPTIMIZERS[kind](model)
+    walk(model, optimizer, range(steps))
+    path = save(store, state_at(steps), model=model, optimizer=optimizer)
+    again, _ = trained(config, steps=1)
+    other = OPTIMIZERS[kind](again)
+    walk(again, other, range(100, 102))  # it holds something else
+    restore(path, model=again, optimizer=other)
+    walk(model, optimizer, range(steps, steps + 3))
+    walk(again, other, range(steps, steps + 3))
+    for (name, expected), found in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(expected, found), name
+
+
+def test_float64_is_kept_and_read_as_float32_for_sampling(store: CheckpointStore) -> None:
+    model, optimizer = trained(store.config, steps=0)
+    model.double()
+    path = save(store, state_at(0), model=model, optimizer=optimizer)
+    again, other = trained(store.config, steps=0)
+    restore(path, model=again.double(), optimizer=other)
+    loaded, _ = load_model(path, device=torch.device("cpu"))
+    for name, expected in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], expected)
+        assert torch.equal(loaded.state_dict()[name], expected.float())
+
+
+@pytest.mark.parametrize("scheme", ["memory", "local"])
+def test_an_object_store_does_what_a_folder_does(scheme: str, tmp_path: Path) -> None:
+    config = config_of(every=5, keep=2)
+    folder = locate(f"{scheme}://{tmp_path}/checkpoints")
+    store = CheckpointStore(folder, config, tokenizer_json=b"{}", runtime=Runtime.start(config))
+    model, optimizer = trained(config)
+    store.clean()
+    assert store.newest() is None
+    for step in (5, 10, 15):
+        store.begin(state_at(step), model=model, optimizer=optimizer)
+    store.finish()
+    assert names_in(store) == ["step-00000010", "step-00000015"]
+    assert resolve_checkpoint(f"{scheme}://{tmp_path}/checkpoints") == folder / "step-00000015"
+    loaded, read = load_model(folder / "step-00000015", device=torch.device("cpu"))
+    assert read == config
+    again, other = trained(config, steps=1)
+    assert restore(folder / "step-00000015", model=again, optimizer=other) == state_at(15)
+    for name, expected in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], expected)
+        assert torch.equal(loaded.state_dict()[name], expected)
+    [file] = entries(folder / "step-00000015" / "optimizer")
+    write_bytes(file, read_bytes(file)[:-1])
+    assert store.newest() == folder / "step-00000010"
+    assert list_checkpoints(folder) == [folder / "step-00000010"]
+    assert read_bytes(folder / "step-00000015" / "state.json")
+
+
+def test_a_run_whose_checkpoints_are_elsewhere_is_found(tmp_path: Path) -> None:
+    config = config_of(folder=str(tmp_path / "elsewhere"))
+    store = CheckpointStore(checkpoint_folder(config), config, tokenizer_json=b"{}", runtime=Runtime.start(config))
+    model, optimizer = trained(config)
+    path = save(store, state_at(3), model=model, optimizer=optimizer)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_bytes((path / "config.yaml").read_bytes())
+    assert resolve_checkpoint(tmp_path / "run") == path == tmp_path / "elsewhere" / "step-00000003"
+    assert checkpoint_folder(config_of(), tmp_path) == tmp_path / "checkpoints"
 
 
 def test_foreign_format_is_refused(store: CheckpointStore) -> None:

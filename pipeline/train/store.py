@@ -103,6 +103,10 @@ class CheckpointStore:
         Errors: there are checkpoints and all of them are damaged.
         """
         seen = [checkpoint.name for checkpoint in list_checkpoints(self.folder)]
+        with self.runtime.pulse.unhurried("verifying checkpoints"):
+            return self._newest(seen)
+
+    def _newest(self, seen: list[str]) -> Location | None:
         names: list[str] = self._channel.exchange({"names": seen})[0]["names"]  # the first rank's view is everybody's
         damaged: list[Location] = []
         for checkpoint in (self.folder / name for name in reversed(names)):
@@ -127,8 +131,8 @@ class CheckpointStore:
 
         Waits for an earlier one; for this one only with checkpoint.asynchronous false. Errors: see `poll`.
         """
-        self.finish()
         began = time.perf_counter()
+        self.finish()
         asynchronous = self.config.checkpoint.asynchronous
         pieces = dict(zip(PARTS, self._pieces(model, optimizer), strict=True))
         texts = {
@@ -142,7 +146,8 @@ class CheckpointStore:
         if asynchronous:
             flush.start()
         else:
-            flush.run()
+            with self.runtime.pulse.unhurried(f"saving step {state.step}"):
+                flush.run()
         self._waited = time.perf_counter() - began
         if not asynchronous:
             self.finish()
@@ -162,7 +167,8 @@ class CheckpointStore:
         if flush is None:
             return
         if flush.ident is not None:  # it was started, not run
-            flush.join()
+            with self.runtime.pulse.unhurried(f"waiting until step {flush.save.step} is saved"):
+                flush.join()
         final, megabytes = self._shelf.final(flush.save.step), flush.save.nbytes / 1e6
         if flush.failure is not None:
             raise self._explained(flush.failure, final) from flush.failure
@@ -204,8 +210,11 @@ class CheckpointStore:
         """The same, told with what is still there; a bug stays a bug."""
         if not isinstance(failure, UserError | OSError):
             return RuntimeError(f"{final} could not be written")
-        last = list_checkpoints(self.folder)
-        safe = f"the last intact checkpoint is {last[-1]}" if last else "there is no earlier checkpoint"
+        try:
+            last = self._shelf.checkpoints()
+            safe = f"the last intact checkpoint is {last[-1]}" if last else "there is no earlier checkpoint"
+        except OSError:
+            safe = f"{self.folder} cannot be read, either"
         reason = failure.strerror if isinstance(failure, OSError) and failure.strerror else failure
         return UserError(f"could not save {final}: {reason}\n  {safe}; mend it and run the same command again")
 
