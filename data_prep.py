@@ -26,9 +26,10 @@ from pipeline.data.exchange.export_llmc import export_llmc
 from pipeline.data.manifest import SPLITS, Manifest, read_manifest
 from pipeline.data.preparing.audit import inspect, verify
 from pipeline.data.preparing.decide import rehearse
+from pipeline.data.preparing.endings import stopped
 from pipeline.data.preparing.executors import open_place
 from pipeline.data.preparing.flags import output_of, parse, request_of
-from pipeline.data.preparing.prepare import prepare, stopped
+from pipeline.data.preparing.prepare import prepare
 from pipeline.data.preparing.unit import UNKNOWN_TOKENS
 from pipeline.errors import UserError, run_command
 from pipeline.locks import locked

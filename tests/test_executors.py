@@ -66,6 +66,34 @@ def at_once(unit: Unit, *, folder: Path) -> UnitReport:
     return report(unit)
 
 
+def leave_pid(folder: Path) -> None:
+    (folder / str(os.getpid())).touch()
+    time.sleep(0.2)  # so that the other worker gets a task of its own
+
+
+def die(unit: Unit | None = None) -> UnitReport:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("not reached")
+
+
+def pid_of(_: int) -> int:
+    return os.getpid()
+
+
+def wait_for(folder: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not list(folder.iterdir()):
+        assert time.monotonic() < deadline, "no worker began"
+        time.sleep(0.01)
+
+
+def alive(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def run(
     work: Callable[..., UnitReport],
     folder: Path,
@@ -105,6 +133,48 @@ def test_a_unit_that_kills_its_worker_is_named_and_the_others_are_done(tmp_path:
     assert failure.unit.number == 5
     assert "killed twice" in failure.reason
     assert (tmp_path / "00005").stat().st_size == 2
+
+
+def test_workers_begun_ahead_do_the_work(tmp_path: Path) -> None:
+    place = Place(2)
+    with place.begun():
+        place.warm(leave_pid, tmp_path, workers=2)
+        with place.open() as executor:
+            working = {str(pid) for pid in executor.map(pid_of, range(8))}
+        begun = {path.name for path in tmp_path.iterdir()}
+        assert len(begun) == 2
+        assert working <= begun
+        with place.open() as executor:  # after a worker died, say: others
+            assert not {str(pid) for pid in executor.map(pid_of, range(8))} & begun
+    assert not any(map(alive, begun))
+
+
+def test_workers_begun_for_nothing_end(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no document"), Place(3).begun():
+        raise UserError("no document")
+    place = Place(3)
+    with place.begun():
+        place.warm(leave_pid, tmp_path, workers=1)
+        wait_for(tmp_path)
+    (pid,) = (path.name for path in tmp_path.iterdir())
+    assert not alive(pid)
+
+
+def test_workers_that_die_ahead_of_the_work_cost_a_try(tmp_path: Path) -> None:
+    place = Place(2)
+    with place.begun():
+        place.warm(die, workers=2)
+        outcomes = UnitRun(
+            place, partial(at_once, folder=tmp_path), cut=lambda unit: iter(()), skip=lambda unit: False,
+            done_with=lambda unit: None, recover=lambda unit: None,
+        ).outcomes(UNITS)  # fmt: skip
+        assert numbers(list(outcomes)) == list(range(12))
+
+
+def test_one_process_and_clusters_begin_nothing() -> None:
+    for place in (Place(1), Place(2, "tcp://nowhere:1")):
+        with place.begun():
+            place.warm(die, workers=2)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -90,9 +90,14 @@ def make_tokenizer(request: Request, units: Sequence[Unit]) -> TextTokenizer:
 
 def encoder_for(request: Request, tokenizer: TextTokenizer, seen: Survey, units: Sequence[Unit]) -> tuple[Encoder, str]:
     """What encodes, and why if that is worth saying. To prove gigatoken right takes a second."""
-    if request.backend == "auto" and sum(unit.size for unit in units) < SMALL_CORPUS_BYTES:
+    if not is_worth_proof(request, units):
         return Encoder(tokenizer, backend="tokenizers"), ""
     return choose_encoder(tokenizer, seen.sample, asked=request.backend)
+
+
+def is_worth_proof(request: Request, units: Sequence[Unit]) -> bool:
+    """Whether there is enough text to ask which encoder is fit, or the user asks."""
+    return request.backend != "auto" or sum(unit.size for unit in units) >= SMALL_CORPUS_BYTES
 
 
 def rehearse(request: Request, *, console: Console) -> None:

@@ -68,7 +68,8 @@ class Encoder:
     """Encodes batches of documents; one a process.
 
     Counts what it has done: `documents`, `text_bytes`, `tokens`, and `audited`, the pieces that were encoded by
-    both and compared. `unknown_id` is the id of the token for unknown text, None if the tokenizer has none.
+    both and compared. `divisible`: the ids of a document are those of its parts by `cut`. `unknown_id` is the id of
+    the token for unknown text, None if the tokenizer has none.
     """
 
     def __init__(self, tokenizer: TextTokenizer, *, backend: Backend) -> None:
@@ -77,9 +78,9 @@ class Encoder:
         self.documents = self.text_bytes = self.tokens = self.audited = 0
         self.unknown_id = _unknown_id(definition["model"], tokenizer)
         self.tokenizer = tokenizer
-        self._divisible = divisible(definition)
+        self.divisible = divisible(definition)
         self._specials = _by_prefix(added_tokens(definition, special=True))
-        self._native = _Native(tokenizer) if backend == "gigatoken" else None
+        self._native = _Native(tokenizer, definition) if backend == "gigatoken" else None
 
     def encode(
         self, contents: Sequence[bytes], *, end: int | None = None
@@ -128,7 +129,7 @@ class Encoder:
         owners: list[int] = []
         size, limit = 0, BATCH_BYTES[self.backend]
         for owner, content in enumerate(contents):
-            for piece in cut(content, PIECE_BYTES) if self._divisible else (content,):
+            for piece in cut(content, PIECE_BYTES) if self.divisible else (content,):
                 if pieces and size + len(piece) > limit:
                     yield pieces, owners
                     pieces, owners, size = [], [], 0
@@ -178,7 +179,7 @@ def choose_encoder(
 def _proven(tokenizer: TextTokenizer, sample: Sequence[bytes]) -> Encoder:
     """gigatoken with this tokenizer, loaded; `EncoderMismatch` says where it differs."""
     encoder = Encoder(tokenizer, backend="gigatoken")
-    for pieces in _trial(tokenizer.definition, sample):
+    for pieces in _trial(encoder, sample):
         if fault := _difference(pieces, encoder.encode_each(pieces), reference(tokenizer, pieces)):
             raise EncoderMismatch(fault)
     return encoder
@@ -193,8 +194,7 @@ def reference(tokenizer: TextTokenizer, pieces: Sequence[bytes]) -> list[NDArray
 class _Native:
     """gigatoken, loaded when first needed and again before its cache grows large."""
 
-    def __init__(self, tokenizer: TextTokenizer) -> None:
-        definition = tokenizer.definition
+    def __init__(self, tokenizer: TextTokenizer, definition: dict[str, Any]) -> None:
         self._tokenizer = tokenizer
         self._composes = (definition.get("normalizer") or {}).get("type") == "NFC"
         self._added = _by_prefix(added_tokens(definition, special=False))
@@ -292,13 +292,15 @@ def _normalizers(normalizer: dict[str, Any] | None) -> set[str]:
     return {"Sequence"} if "NFC" in inner else inner
 
 
-def _trial(definition: dict[str, Any], sample: Sequence[bytes]) -> Iterator[list[bytes]]:
+def _trial(encoder: Encoder, sample: Sequence[bytes]) -> Iterator[list[bytes]]:
     """What both must agree on, a little at a time, for the reference's threads: Unicode, then the corpus."""
-    yield [text.encode() for text in unicode_texts()]
-    room, parts = SAMPLE_BYTES, divisible(definition)
+    texts = [text.encode() for text in unicode_texts()]
+    # a few kilobytes are set aside for the ids of each text: of all at once they would pass for a grown cache
+    yield from (texts[start : start + 1024] for start in range(0, len(texts), 1024))
+    room = SAMPLE_BYTES
     pieces: list[bytes] = []
     for content in sample:
-        piece = next(cut(content, PIECE_BYTES)) if parts else content
+        piece = next(cut(content, PIECE_BYTES)) if encoder.divisible else content
         if len(piece) <= min(room, AUDIT_BYTES):
             room -= len(piece)
             pieces.append(piece)

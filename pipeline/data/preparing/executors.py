@@ -13,8 +13,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from multiprocessing import get_context, parent_process
 from queue import SimpleQueue
 from threading import Event, Semaphore, Thread
@@ -47,6 +47,7 @@ class Place:
 
     workers: int
     address: str | None = None
+    _begun: list[Executor] = field(default_factory=list, compare=False)
 
     @property
     def at_once(self) -> int:
@@ -63,11 +64,33 @@ class Place:
         elif self.workers == 1:
             yield InThisProcess()
         else:
-            pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin_worker)
+            pool = self._begun.pop() if self._begun else _pool(workers)
             try:
                 yield pool
             finally:
                 pool.shutdown(cancel_futures=True)
+
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """Within the block `warm` starts processes of this machine before there is work; the first `open` has them."""
+        if self.workers > 1 and not self.address:
+            self._begun.append(_pool(self.workers))
+        try:
+            yield
+        finally:
+            while self._begun:
+                self._begun.pop().shutdown(cancel_futures=True)
+
+    def warm(self, task: Callable[..., None], *args: Any, workers: int) -> None:
+        """Start so many workers, if they are begun, with a task ahead of their work. What fails in it is not told."""
+        with suppress(BrokenProcessPool):  # the work will meet it too, and deals with it
+            for pool in self._begun:
+                for _ in range(min(workers, self.workers)):
+                    pool.submit(task, *args)
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin_worker)
 
 
 def open_place(executor: str | None, workers: int) -> Place:

@@ -6,10 +6,7 @@ what a ledger records is kept by the next run of the same command, everything el
 
 from __future__ import annotations
 
-import errno
-import shlex
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -27,8 +24,15 @@ from pipeline.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from pipeline.data.preparing.decide import corpus_of, encoder_for, free_bytes, make_tokenizer, split_rule
-from pipeline.data.preparing.executors import CutEnd, Failure, UnitRun, open_place
+from pipeline.data.preparing.decide import (
+    corpus_of,
+    encoder_for,
+    is_worth_proof,
+    make_tokenizer,
+    split_rule,
+)
+from pipeline.data.preparing.endings import FULL, disk_errors, disk_full, stopped
+from pipeline.data.preparing.executors import CutEnd, Failure, Place, UnitRun, open_place
 from pipeline.data.preparing.finish import (
     done_without,
     manifest_of,
@@ -48,16 +52,23 @@ from pipeline.data.preparing.request import (
     sizes_agree,
 )
 from pipeline.data.preparing.survey import estimate, refuse_small_disk, survey
-from pipeline.data.preparing.unit import UnitReport, UnitSettings, keep_encoder, prepare_unit, report_path
+from pipeline.data.preparing.unit import (
+    UnitReport,
+    UnitSettings,
+    begin_worker,
+    keep_encoder,
+    load_encoder,
+    prepare_unit,
+    report_path,
+)
 from pipeline.data.reading.corpus import Corpus, changed_since
 from pipeline.data.reading.plan import Unit, cut_stream, plan_units
 from pipeline.data.tokenizer import TextTokenizer
-from pipeline.errors import StoppedEarly, Unfinished, UserError
+from pipeline.errors import Unfinished, UserError
 from pipeline.files import fsync_folder
 from pipeline.locks import LOCK_NAME, locked, refuse_held
 
 SPOOL_NAME = ".spool"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 EARLY_VERDICT_RECORDS = 10_000
 """Records after which a corpus may be found too bad before its end."""
 
@@ -68,7 +79,7 @@ def prepare(request: Request, *, console: Console) -> Manifest | None:
     Raises `UserError` for whatever the user can mend, `Unfinished` when units failed, `StoppedEarly` on Ctrl-C;
     committed units are kept.
     """
-    with _disk_errors(request.output):
+    with disk_errors(request.output):
         corpus, identity = corpus_of(request, console)
         with _writing(request):
             refuse_foreign(request.output, identity, corpus)
@@ -79,7 +90,9 @@ def prepare(request: Request, *, console: Console) -> Manifest | None:
             for change in input_changes(request.output, corpus):
                 console.print(f"inputs {change}", markup=False)
             try:
-                return _Preparation(request, corpus, identity, console).run()
+                place = open_place(request.executor, request.workers)
+                with place.begun():
+                    return _Preparation(request, corpus, identity, place, console).run()
             except KeyboardInterrupt:
                 raise stopped("units that are done are kept") from None
 
@@ -107,17 +120,22 @@ def _writing(request: Request) -> Iterator[None]:
 class _Preparation:
     """One preparation: what is to be made of which units, and what of it is there."""
 
-    def __init__(self, request: Request, corpus: Corpus, identity: dict[str, Any], console: Console) -> None:
-        self.request, self.corpus, self.identity, self.console = request, corpus, identity, console
+    def __init__(
+        self, request: Request, corpus: Corpus, identity: dict[str, Any], place: Place, console: Console
+    ) -> None:
+        self.request, self.corpus, self.identity, self.place, self.console = request, corpus, identity, place, console
         self.output = request.output
         self.ledger = Ledger(self.output, share=request.share)
-        self.place = open_place(request.executor, request.workers)
         self.units = plan_units(corpus.sources, request.rules)
+        place.warm(begin_worker, workers=len(self.units))
         seen = survey(self.units, request.rules)
         if not (seen.documents or seen.damaged) and not any(source.held_out for source in corpus.sources):
             raise no_documents(seen.drops, seen.examples, corpus)
         rule = split_rule(request, seen, corpus, console)
         tokenizer = self._tokenizer()
+        if request.backend != "tokenizers" and is_worth_proof(request, self.units):
+            known = (tokenizer.definition_json, tokenizer.eos_id, tokenizer.fingerprint)
+            place.warm(load_encoder, *known, workers=len(self.units))  # while it is proven here
         encoder, reason = encoder_for(request, tokenizer, seen, self.units)
         if encoder.backend == "tokenizers" and reason:
             console.print(f"note: encoding with `tokenizers`: {reason}", markup=False)
@@ -170,11 +188,11 @@ class _Preparation:
         try:
             failed = self._do_units()
         except OSError as error:
-            if error.errno not in _FULL:
+            if error.errno not in FULL:
                 raise
             self._clean()  # before the room is measured
             needed = self.disk_bytes_per_byte * sum(unit.size for unit in self._todo())
-            raise _disk_full(self.output, needed=int(needed)) from None
+            raise disk_full(self.output, needed=int(needed)) from None
         finally:
             self._clean()
         ordered = sorted([*self.done.values(), *self.lost], key=lambda report: report.place)
@@ -358,33 +376,3 @@ class _Preparation:
                 path.unlink(missing_ok=True)
         if not self.request.share:
             shutil.rmtree(self.output / SPOOL_NAME, ignore_errors=True)
-
-
-def stopped(state: str) -> StoppedEarly:
-    """What Ctrl-C leaves, and the command that goes on from there."""
-    return StoppedEarly(f"stopped: {state}; go on with: {_same_command()}")
-
-
-def _same_command() -> str:
-    return shlex.join(["python", *sys.argv])
-
-
-def _disk_full(output: Path, *, needed: int | None = None) -> UserError:
-    more = "" if needed is None else f", about {needed:,} more are needed"
-    return UserError(
-        f"the disk of {output} is full ({free_bytes(output):,} bytes free{more}); finished units are kept: "
-        f"make room and go on with: {_same_command()}"
-    )
-
-
-@contextmanager
-def _disk_errors(output: Path) -> Iterator[None]:
-    """Turn what the file system refuses into a message; temporaries are gone by then, committed units stay."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise _disk_full(output) from None
-        if isinstance(error, PermissionError | FileExistsError | NotADirectoryError) or error.errno == errno.EROFS:
-            raise UserError(f"cannot write to {output}: {error}; choose another --output") from None
-        raise

@@ -345,6 +345,19 @@ def keep_encoder(encoder: Encoder, fingerprint: str) -> None:
     _ENCODERS[fingerprint, encoder.backend] = encoder
 
 
+def begin_worker() -> None:
+    """What a new process can do ahead of its first unit: by being found, this was imported."""
+
+
+def load_encoder(definition_json: bytes, eos_id: int, fingerprint: str) -> None:
+    """What it can do once the tokenizer is known: load the backend that most often is chosen."""
+    definition = orjson.loads(definition_json)
+    tokenizer = TextTokenizer.from_definition(definition, origin=TOKENIZER_NAME, eos=eos_id)
+    encoder = Encoder(tokenizer, backend="gigatoken")
+    encoder.encode([b"a"])
+    keep_encoder(encoder, fingerprint)
+
+
 def _encoder(settings: UnitSettings) -> Encoder:
     key = (settings.tokenizer_fingerprint, settings.backend)
     if key not in _ENCODERS:
