@@ -24,7 +24,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 import pretrain
 from pipeline.data.preparing.prepare import prepare
 from pipeline.data.preparing.request import Request
-from pipeline.train.job import run_job
+from pipeline.train.job import Job, run_job
 
 WORDS = ("the", "a", "of", "to", "and", "in", "that", "it", "is", "was", "he", "for", "on", "are", "as", "with", "his")
 
@@ -93,11 +93,9 @@ def start_pretrain(config: Path, output: Path) -> Any:
     return process
 
 
-def run_ranks(
-    ranks: int, config: Path, *flags: str, output: Path, max_restarts: int = 0, before: Callable[[], None] | None = None
-) -> tuple[int, str]:
-    """Run pretrain.py on several gloo ranks under torchrun's agent; return the exit code and what was printed."""
-    process = start_ranks(ranks, config, *flags, output=output, max_restarts=max_restarts, before=before)
+def run_ranks(ranks: int, *arguments: str, output: Path, **launch: Any) -> tuple[int, str]:
+    """As `start_ranks`, to its end: the agent's exit code and what was printed."""
+    process = start_ranks(ranks, *arguments, output=output, **launch)
     process.join(240)
     if process.is_alive():
         end_tree(process.pid)
@@ -106,14 +104,19 @@ def run_ranks(
 
 
 def start_ranks(
-    ranks: int, config: Path, *flags: str, output: Path, max_restarts: int = 0, before: Callable[[], None] | None = None
+    ranks: int,
+    *arguments: str,
+    output: Path,
+    max_restarts: int = 0,
+    before: Callable[[], None] | None = None,
+    main: Callable[[Job], None] = pretrain.main,
 ) -> Any:
     """Start torchrun's agent in a fresh process; it and its ranks print into `output`. The caller ends it.
 
     The agent is torchrun's own, but its ranks are forked instead of started anew, which takes a second and not ten.
-    before: called in each rank before anything else, to put faults in place.
+    before: called in each rank before anything else, to put faults in place. main: what each rank runs.
     """
-    process = FORKS.Process(target=_agent, args=(ranks, [str(config), *flags], str(output), max_restarts, before))
+    process = FORKS.Process(target=_agent, args=(ranks, list(arguments), str(output), max_restarts, before, main))
     process.start()
     return process
 
@@ -130,19 +133,26 @@ def end_tree(pid: int) -> None:
             process.kill()
 
 
-def _agent(ranks: int, arguments: list[str], output: str, max_restarts: int, before: Callable[[], None] | None) -> None:
+def _agent(
+    ranks: int,
+    arguments: list[str],
+    output: str,
+    max_restarts: int,
+    before: Callable[[], None] | None,
+    main: Callable[[Job], None],
+) -> None:
     _print_into(output)
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=ranks, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
         run_id="test", start_method="fork", max_restarts=max_restarts, monitor_interval=0.1,
     )  # fmt: skip
-    elastic_launch(config, _rank)(arguments, before)
+    elastic_launch(config, _rank)(arguments, before, main)
 
 
-def _rank(arguments: list[str], before: Callable[[], None] | None) -> None:
+def _rank(arguments: list[str], before: Callable[[], None] | None, main: Callable[[Job], None]) -> None:
     if before is not None:
         before()
-    _main(arguments)
+    _main(arguments, main)
 
 
 def _print_into(output: str) -> None:
@@ -165,10 +175,10 @@ def _pretrain_into(arguments: list[str], output: str) -> None:
     _main(arguments)
 
 
-def _main(arguments: list[str]) -> None:
+def _main(arguments: list[str], main: Callable[[Job], None] = pretrain.main) -> None:
     torch.set_num_threads(1)
     sys.argv = ["pretrain.py", *arguments]
-    run_job(pretrain.main)
+    run_job(main)
 
 
 def record(run_dir: Path) -> list[dict[str, Any]]:

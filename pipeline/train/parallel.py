@@ -297,7 +297,22 @@ def _replicate(model: Decoder, *, bucket_mb: float, device: torch.device) -> Dis
         gradient_as_bucket_view=True,  # gradients are summed where they are, without a second copy
     )
     wrapped.register_comm_hook(None, lambda _, bucket: _sum(bucket.buffer()))
+    _settle_buckets(wrapped, device)
     return wrapped
+
+
+def _settle_buckets(wrapped: DistributedDataParallel, device: torch.device) -> None:
+    """Make a first backward pass here, on one token, so that every step of every start adds in the same order.
+
+    Before the forward pass that follows its first backward pass DDP makes its buckets anew, in the order in which
+    gradients came; and where a number lies in a bucket decides in which order the ranks' shares of it are added.
+    """
+    token = torch.zeros((1, 1), dtype=torch.int64, device=device)
+    forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with forked, torch.compiler.set_stance("force_eager"):
+        torch.autograd.backward(wrapped(token, labels=token))
+    for parameter in wrapped.parameters():
+        parameter.grad = None
 
 
 def _sum(gradients: Tensor) -> torch.futures.Future[Tensor]:
