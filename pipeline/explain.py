@@ -1,15 +1,15 @@
 """What a step trained on: every document of every row, with the file and record it came from.
 
-    python -m pipeline.explain RUN --step N [--rank R --world-size W] [--text]
+    python -m pipeline.explain RUN --step N [--rank R --world-size W] [--text] [--data FOLDER ...]
 
-In: a run folder and its datasets; neither model nor GPU. Out: lines, exact for any step of the past or of the
-future, through changes of weights, datasets and batch sizes.
+In: a run folder and its datasets, wherever they lie now; neither model nor GPU. Out: lines, exact for any step of the
+past or of the future, through changes of weights, datasets and batch sizes.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +18,10 @@ import tyro
 
 from pipeline.cli import config_from_values, read_yaml
 from pipeline.config import Config
+from pipeline.config_data import DataConfig, SourceConfig
 from pipeline.data.loading.blend import Blend, Phase
 from pipeline.data.loading.rows import Origin
-from pipeline.data.loading.sources import TrainingData, open_sources, reopen
+from pipeline.data.loading.sources import TrainingData, open_source, open_sources, reopen
 from pipeline.data.order import share
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError, run_command
@@ -44,6 +45,8 @@ class Arguments:
     """Number of ranks the run had at that step."""
     text: bool = False
     """Also show how each document's part begins."""
+    data: tuple[str, ...] = ()
+    """Where datasets of the run lie now, if they were moved; each is known by its digest."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,12 @@ def main() -> None:
             f"wanted a step from 1 on and a rank below --world-size {arguments.world_size}, got step {arguments.step}"
             f"{'' if arguments.rank is None else f' and rank {arguments.rank}'}"
         )
-    course = read_course(arguments.run)
+    course = read_course(arguments.run, moved=arguments.data)
     rows = course.rows(arguments.step, rank=arguments.rank, world_size=arguments.world_size)
     of_rank = "" if arguments.rank is None else f", rank {arguments.rank} of {arguments.world_size}"
     print(f"step {arguments.step}{of_rank}: {len(rows)} rows of {course.config.model.context_length} tokens")
+    if arguments.step > course.config.total_steps:
+        print(f"the run ends with step {course.config.total_steps}: this is what it would train on if it were extended")
     tokenizer = _tokenizer(course.data) if arguments.text else None
     for row, origins in zip(rows, course.describe(rows), strict=True):
         print(f"row {row}: {origins[0].dataset}, epoch {origins[0].epoch}, its row {origins[0].row}")
@@ -90,23 +95,78 @@ def main() -> None:
                 print(f"    {_beginning(course.blend, row, origin, tokenizer)}")
 
 
-def read_course(run: Path) -> Course:
+def read_course(run: Path, *, moved: Sequence[str] = ()) -> Course:
     """The course of a run from its settings and its newest checkpoint; before the first one from the settings alone.
 
-    The settings are those of the latest start, so what they changed is in effect from that checkpoint on.
+    The settings are those of the latest start, so what they changed is in effect from that checkpoint on. `moved` are
+    the places of datasets that are not where the run found them.
     """
     path = run / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run} is no run folder: it has no config.yaml")
     config = config_from_values(read_yaml(path), origin=str(path))
-    data = open_sources(config)
-    phases: tuple[Phase, ...] = (Phase(row=0, sources=data.described()),)
-    batches: tuple[BatchSizes, ...] = (BatchSizes(after=0, row=0, ramp=config.ramp_of_rows),)
     found = list_checkpoints(checkpoint_folder(config, run))
-    if found:
-        state = read_state(found[-1]).continued(data.described(), config.ramp_of_rows)
-        phases, batches = state.phases, state.batches
-    return Course(config, data, data.blend(phases), batches)
+    state = read_state(found[-1]) if found else None
+    if moved:
+        places = _places(moved, state.phases if state else (), run)
+        config = config.model_copy(update={"data": _moved_data(config.data, places)})
+        if state:
+            state = state.model_copy(update={"phases": tuple(_moved_phase(phase, places) for phase in state.phases)})
+    data = _open(config)
+    if state is None:
+        first = Phase(row=0, sources=data.described())
+        return Course(config, data, data.blend([first]), (BatchSizes(after=0, row=0, ramp=config.ramp_of_rows),))
+    state = state.continued(data.described(), config.ramp_of_rows)
+    return Course(config, data, data.blend(state.phases), state.batches)
+
+
+def _open(config: Config) -> TrainingData:
+    """As `open_sources`. Errors: a dataset is not where the settings say."""
+    try:
+        return open_sources(config)
+    except UserError as error:
+        if all(Path(source.path).expanduser().exists() for source in config.data.all_sources):
+            raise
+        raise UserError(f"{error}\n  if it lies elsewhere now, say where: --data FOLDER") from None
+
+
+def _places(moved: Sequence[str], phases: Sequence[Phase], run: Path) -> dict[str, str]:
+    """Where what the settings call by a path lies now. Errors: what lies there is nothing that the run trained on."""
+    known = {source.digest: source for phase in phases for source in phase.sources}
+    if not known:
+        raise UserError(f"{run} has no checkpoint yet, so nothing says which data is its own; --data needs one")
+    places: dict[str, str] = {}
+    for path in moved:
+        digests = {}
+        for source in known.values():
+            settings = source.settings.model_copy(update={"path": path})
+            digests[source.digest] = open_source(settings).data_digest
+        found = [known[digest] for digest, now in digests.items() if digest == now]
+        if not found:
+            wanted = ", ".join(f"{source.name} {source.digest[:16]}" for source in known.values())
+            got = ", ".join(sorted({digest[:16] for digest in digests.values()}))
+            raise UserError(f"{path} is nothing that {run} trained on: digest {got}, wanted one of {wanted}")
+        places |= {source.settings.path: path for source in found}
+    return places
+
+
+def _moved_data(data: DataConfig, places: Mapping[str, str]) -> DataConfig:
+    """The settings with the paths of `places` replaced."""
+    if data.path is not None:
+        return data.model_copy(update={"path": places.get(data.path, data.path)})
+    return data.model_copy(update={"sources": tuple(_moved_source(source, places) for source in data.sources)})
+
+
+def _moved_source(source: SourceConfig, places: Mapping[str, str]) -> SourceConfig:
+    return source.model_copy(update={"path": places.get(source.path, source.path)})
+
+
+def _moved_phase(phase: Phase, places: Mapping[str, str]) -> Phase:
+    """What a checkpoint remembers, with the paths of `places` replaced."""
+    sources = [
+        source.model_copy(update={"settings": _moved_source(source.settings, places)}) for source in phase.sources
+    ]
+    return phase.model_copy(update={"sources": tuple(sources)})
 
 
 def _line(origin: Origin) -> str:

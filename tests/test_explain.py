@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import pretrain
 from pipeline.cli import load_config
 from pipeline.data.loading.loader import RankBatch
 from pipeline.data.loading.sources import open_sources
-from pipeline.errors import run_command
+from pipeline.errors import UserError, run_command
 from pipeline.explain import main, read_course
 from pipeline.train.runtime import Runtime
 from tests.support import make_dataset, tiny_settings, write_config
@@ -151,7 +152,9 @@ def test_the_command_names_rows_files_and_text(
     assert "exit 2: error: wanted a step from 1 on" in explain("--step", "0")
     assert "exit 2: error: wanted a step from 1 on" in explain("--step", "1", "--rank", "1")
     future = explain("--step", "500")
+    assert "\nthe run ends with step 3: this is what it would train on if it were extended\n" in future
     assert f"\nrow {499 * 8}: " in future
+    assert "the run ends" not in explain("--step", "3")
 
 
 def test_a_run_without_checkpoints_is_explained_by_its_settings(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -160,3 +163,43 @@ def test_a_run_without_checkpoints_is_explained_by_its_settings(folders: dict[st
     course = read_course(tmp_path)
     assert [course.rows(step) for step in (1, 2, 3)] == [range(2), range(2, 4), range(4, 12)]
     assert {origin.dataset for origins in course.describe(course.rows(3)) for origin in origins} == {"red"}
+
+
+def test_datasets_that_were_moved_are_known_by_their_digests(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of the first phase, one of both; what lies elsewhere under the old name is not taken for it."""
+    here = {name: tmp_path / "here" / name for name in ("red", "green")}
+    for name, folder in here.items():
+        shutil.copytree(folders[name], folder)
+    run, config = tmp_path / "run", tmp_path / "run.yaml"
+    settings = tiny_settings(here["red"], run, data=blend(here, red=1, green=1), train={"steps": 4})
+    train(write_config(config, settings), seen={}, monkeypatch=monkeypatch)
+    settings["data"], settings["checkpoint"] = {"path": str(here["green"])}, {"every": 4, "allow_changes": True}
+    train(
+        write_config(config, {**settings, "train": {**settings["train"], "steps": 8}}), seen={}, monkeypatch=monkeypatch
+    )
+
+    def told(*moved: Path) -> list[list[tuple[str, int, int]]]:
+        course = read_course(run, moved=[str(path) for path in moved])
+        rows = [course.describe(course.rows(step)) for step in range(1, 9)]
+        return [[(o.info.source, o.info.row, o.span.start) for origins in step for o in origins] for step in rows]
+
+    before = told()
+    moved = {name: tmp_path / "there" / f"{name}-2" for name in here}
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    shutil.rmtree(tmp_path / "here")
+    for name, folder in moved.items():
+        (tmp_path / "there" / name).rename(folder)
+    with pytest.raises(UserError, match=r"(?s)no dataset folder .*green.*if it lies elsewhere now, say where: --data"):
+        told()
+    assert told(*moved.values()) == before
+    assert len({source for step in before for source, _, _ in step}) == 2
+    with pytest.raises(UserError, match=r"blue is nothing that .*run trained on: digest \w{16}, wanted one of red "):
+        told(moved["green"], folders["blue"])
+    shutil.copytree(folders["blue"], here["red"])
+    with pytest.raises(UserError, match="is not what red was: digest"):
+        told(moved["green"])
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(UserError, match="has no checkpoint yet, so nothing says which data is its own"):
+        told(*moved.values())
