@@ -30,7 +30,10 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        # weights gathered in bf16 meet a float32 stream; they may be wider than it, but not narrower
+        wide = torch.promote_types(self.weight.dtype, x.dtype)
+        bias = None if self.bias is None else self.bias.to(wide)
+        return F.layer_norm(x, self.weight.shape, self.weight.to(wide), bias, self.eps)
 
 
 class RMSNorm(nn.Module):
