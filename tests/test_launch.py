@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,8 +23,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from launch.ranks import exit_code
 from pipeline.data.dataset import open_dataset
 from pipeline.errors import EXIT_STOPPED, EXIT_USER_ERROR
-from pipeline.train.status import Status
-from tests.support import end_tree, tiny_settings, write_config
+from pipeline.train.status import Status, read_status
+from tests.support import end_tree, record, run_ranks, tiny_settings, write_config
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
@@ -42,6 +43,16 @@ printf '%s\\n' "$HEAD $NODES" "$@" > "$FOLDER/called"
 [ "${!#}" = run ] || exit "${!#}"
 for i in $(seq 200); do sleep 0.05; done
 """
+# As srun: runs what follows its options, and hands the signal on.
+SRUN_FOR_REAL = """#!/bin/bash
+while [[ "$1" == --* ]]; do shift; done
+"$@" & step=$!
+trap 'kill -USR1 $step' USR1
+wait $step; code=$?
+while kill -0 $step 2> /dev/null; do wait $step; code=$?; done
+exit $code
+"""
+STEPS = 150  # some seconds of two ranks: time to stop them
 # "finished" beside a torchrun that failed: it lost the other nodes when they had left
 CODES = {
     (0, "finished", 0, False): 0,
@@ -267,6 +278,75 @@ def config_of(dataset: Path, folder: Path, *, steps: int) -> Path:
     settings = tiny_settings(dataset, folder / "run", train={"steps": steps}, checkpoint={"every": 1000})
     folder.mkdir(exist_ok=True)
     return write_config(folder / "run.yaml", settings)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    code, printed = run_ranks(2, str(config_of(dataset, folder, steps=STEPS)), output=folder / "output")
+    assert code == 0, printed
+    return folder / "run"
+
+
+@pytest.mark.slow
+def test_accelerate_computes_what_torchrun_does(
+    dataset: Path, tmp_path: Path, started: list[subprocess.Popen[str]]
+) -> None:
+    torchrun, accelerate = (config_of(dataset, tmp_path / name, steps=12) for name in ("torchrun", "accelerate"))
+    command = ["accelerate", "launch", "--config_file", "launch/accelerate_cpu.yaml", "pretrain.py", accelerate]
+    launch = launched(started, commands(tmp_path / "bin"), *command)
+    printed, _ = launch.communicate(timeout=180)
+    assert launch.returncode == 0, printed
+    assert "2 ranks on" in printed
+    code, printed = run_ranks(2, str(torchrun), output=tmp_path / "output")
+    assert code == 0, printed
+    found, expected = (record(config.parent / "run") for config in (accelerate, torchrun))
+    assert len(found) == len(expected) > 12
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_stopped_job_is_requeued_and_goes_on_on_one_node(
+    dataset: Path, tmp_path: Path, started: list[subprocess.Popen[str]], undisturbed: Path
+) -> None:
+    """The batch script with real ranks, stopped in the middle; the rest under another launcher."""
+    config = config_of(dataset, tmp_path / "job", steps=STEPS)
+    scontrol = SCONTROL.replace("node07\\nnode08", "localhost")
+    environment = commands(tmp_path / "bin", srun=SRUN_FOR_REAL, scontrol=scontrol)
+    environment |= {
+        "SLURM_JOB_ID": str(free_port() - 20000), "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_CPUS_PER_TASK": "2", "RANKS": "2",
+    }  # fmt: skip
+    job = launched(started, environment, "bash", "launch/slurm.sbatch", config)
+    metrics = tmp_path / "job" / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 180
+    while not metrics.exists() or metrics.read_text().count("\n") < 20:
+        assert time.monotonic() < deadline, "no steps"
+        assert job.poll() is None, job.communicate()[0]
+        time.sleep(0.1)
+    job.send_signal(signal.SIGUSR1)
+    printed, _ = job.communicate(timeout=120)
+    assert job.returncode == EXIT_STOPPED, printed
+    stopped = read_status(tmp_path / "job" / "run")
+    assert stopped.status == "stopped"
+    assert 10 < stopped.step < STEPS
+    assert (tmp_path / "bin" / "requeued").read_text() == f"requeue {environment['SLURM_JOB_ID']}\n"
+    rest = launched(started, environment, "launch/one_node.sh", config)
+    printed, _ = rest.communicate(timeout=180)
+    assert rest.returncode == 0, printed
+    assert f"step-{stopped.step:08d}" in printed, "it went on from there"
+    assert read_status(tmp_path / "job" / "run").status == "finished"
+    assert record(tmp_path / "job" / "run") == record(undisturbed)
+
+
+def free_port() -> int:
+    """One of those that launch/slurm.sbatch derives from the number of a job."""
+    for port in range(20000 + os.getpid() % 5000, 30000):
+        with socket.socket() as probe:
+            if probe.connect_ex(("localhost", port)) != 0:
+                return port
+    raise AssertionError("no port is free")
 
 
 @pytest.mark.slow
