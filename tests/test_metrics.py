@@ -31,6 +31,18 @@ def test_record_is_cut_back_to_the_resumed_step(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_an_evaluation_that_is_made_again_is_recorded_once(tmp_path: Path) -> None:
+    """A start may be stopped again after it has made up for an evaluation and before its first checkpoint."""
+    record = Record(tmp_path / "metrics.jsonl")
+    lines = [{"step": 3, "val_loss": 3.0}, {"step": 6, "loss": 2.5}, {"step": 6, "val_loss": 2.0}]
+    for line in lines:
+        record.write(line)
+    record.cut_after(6)
+    assert read_record(record.path) == lines
+    record.cut_after(6, evaluated=False)
+    assert read_record(record.path) == lines[:2]
+
+
 def test_a_torn_line_elsewhere_is_damage(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1\n{"step": 2}\n')

@@ -114,11 +114,12 @@ class Record:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def cut_after(self, step: int) -> None:
-        """Drop the lines of later steps, and a line that a kill tore."""
+    def cut_after(self, step: int, *, evaluated: bool = True) -> None:
+        """Drop the lines of later steps, a line that a kill tore, and an evaluation of `step` that is still due."""
         if self.path.exists():
-            kept = "".join(json.dumps(line) + "\n" for line in read_record(self.path) if line["step"] <= step)
-            write_durably(self.path, kept.encode())
+            lines = [line for line in read_record(self.path) if line["step"] <= step]
+            kept = [line for line in lines if evaluated or line["step"] < step or "val_loss" not in line]
+            write_durably(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def set_aside(self) -> Path:
         """Rename the record of a run whose checkpoints are gone, so that a new start does not erase it."""

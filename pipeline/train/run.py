@@ -125,7 +125,7 @@ class Run:
             self.runtime.say(
                 f"warning: the checkpoints of an earlier run are gone; its record is {self.record.set_aside()}"
             )
-        self.record.cut_after(state.step)
+        self.record.cut_after(state.step, evaluated=state.evaluated)
         self.trackers = Trackers(self.runtime, self.config, run_id=history["run_id"], settings=settings)
 
     def spiked(self, before: TrainState, result: StepResult) -> bool:
