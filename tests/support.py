@@ -9,6 +9,8 @@ import multiprocessing
 import os
 import random
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,9 +152,18 @@ def _agent(
 
 
 def _rank(arguments: list[str], before: Callable[[], None] | None, main: Callable[[Job], None]) -> None:
+    agent = os.getppid()
     if before is not None:
         before()
     _main(arguments, main)
+    threading.Thread(target=_end_with, args=(agent,), daemon=True).start()
+
+
+def _end_with(agent: int) -> None:
+    """A forked rank waits for its agent after its work is done: for ever, if that was killed meanwhile."""
+    while os.getppid() == agent:
+        time.sleep(0.1)
+    os._exit(1)
 
 
 def _print_into(output: str) -> None:
