@@ -229,7 +229,7 @@ def test_a_line_at_the_record_limit_is_read() -> None:
 
 @given(st.text("ab é日😀\n", min_size=1, max_size=200), st.integers(4, 40))
 def test_cut_documents_add_up_and_part_no_character(text: str, limit: int) -> None:
-    parts = list(cut_long(text.encode(), limit))
+    parts = list(cut_long([text.encode()], limit))
     assert "".join(part.decode() for part in parts) == text
     assert all(0 < len(part) <= limit for part in parts)
 

@@ -186,7 +186,7 @@ class CutFinder:
         return None
 
 
-def character_start(content: bytes, end: int) -> int:
+def character_start(content: bytes | bytearray, end: int) -> int:
     """The nearest place at or before `end` that does not part the bytes of a UTF-8 character."""
     if end < len(content):
         for start in range(end, max(end - 4, 0), -1):

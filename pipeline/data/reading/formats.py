@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from pipeline.data.reading.bytestream import MIB, Compression, character_start
+from pipeline.data.reading.longtext import LongText
 from pipeline.errors import UserError
 
 TEXT_CHUNK_BYTES = MIB
@@ -132,7 +133,7 @@ class Judge:
         self.source = source
         self.replaced = 0
 
-    def records(self, value: object, row: int) -> list[Record]:
+    def records(self, value: object, row: int) -> Iterable[Record]:
         """Documents of one record, or its rejection."""
         if isinstance(value, str | bytes):
             if not value:
@@ -144,6 +145,8 @@ class Judge:
             except UnicodeError:
                 return self._mended(value, row)
             return self._fitting(content, row)
+        if isinstance(value, LongText):
+            return self._long(value, row)
         if isinstance(value, Fault):
             return self.rejected(row, value.reason, value.found)
         if value is None:
@@ -158,37 +161,66 @@ class Judge:
         """A rejection, with the beginning of what was found."""
         return [Rejected(self.source, row, reason, excerpt(found))]
 
-    def _mended(self, value: str | bytes, row: int) -> list[Record]:
+    def _mended(self, value: str | bytes, row: int) -> Iterable[Record]:
         text = value.decode(errors="surrogateescape") if isinstance(value, bytes) else value
         if self.rules.invalid_utf8 == "replace":
             text, count = _SURROGATES.subn("\ufffd", text)
             self.replaced += count
             return self._fitting(text.encode(), row)
-        first = _SURROGATES.search(text)
-        # U+DC80..U+DCFF stand for bytes that were no UTF-8 (surrogateescape)
-        escaped = first is not None and 0xDC80 <= ord(first.group()) <= 0xDCFF
-        return self.rejected(row, "invalid UTF-8" if escaped else "lone surrogate", value)
+        return self.rejected(row, _why_not_utf8(text), value)
 
-    def _fitting(self, content: bytes, row: int) -> list[Record]:
+    def _fitting(self, content: bytes, row: int) -> Iterable[Record]:
         limit = self.rules.max_document_bytes
         if len(content) <= limit:
             return [Document(content, self.source, row)]
         if self.rules.long_documents == "cut":
-            return [Document(part, self.source, row) for part in cut_long(content, limit)]
+            return (Document(part, self.source, row) for part in cut_long([content], limit))
         return self.rejected(row, f"text over {limit} bytes", content)
 
+    def _long(self, text: LongText, row: int) -> Iterable[Record]:
+        """As for other texts, without holding it: it is decoded once to be judged, and once more to be used."""
+        size = replaced = 0
+        for part in text.parts():
+            found = _SURROGATES.findall(part)
+            if found and self.rules.invalid_utf8 != "replace":
+                return self.rejected(row, _why_not_utf8(part), text.head())
+            replaced += len(found)
+            size += len(part.encode(errors="replace")) + 2 * len(found)  # "?" takes a byte, U+FFFD three
+        self.replaced += replaced
+        limit = self.rules.max_document_bytes
+        contents = (_SURROGATES.sub("\ufffd", part).encode() for part in text.parts())
+        if size <= limit:
+            return [Document(b"".join(contents), self.source, row)]
+        if self.rules.long_documents == "cut":
+            return (Document(part, self.source, row) for part in cut_long(contents, limit))
+        return self.rejected(row, f"text over {limit} bytes", next(contents))
 
-def cut_long(content: bytes, limit: int) -> Iterator[bytes]:
-    """Parts of at most `limit` bytes, cut after white space in the last eighth of it, or else between characters."""
-    start = 0
-    while len(content) - start > limit:
-        end = start + limit
-        near = end - limit // 8
-        space = max(content.rfind(white, near, end) for white in (b" ", b"\n", b"\t", b"\r"))
-        end = space + 1 if space >= 0 else character_start(content, end)
-        yield content[start:end]
-        start = end
-    yield content[start:]
+
+def _why_not_utf8(text: str) -> str:
+    first = _SURROGATES.search(text)
+    # U+DC80..U+DCFF stand for bytes that were no UTF-8 (surrogateescape)
+    escaped = first is not None and 0xDC80 <= ord(first.group()) <= 0xDCFF
+    return "invalid UTF-8" if escaped else "lone surrogate"
+
+
+def cut_long(contents: Iterable[bytes], limit: int) -> Iterator[bytes]:
+    """`contents`, end to end, in parts of at most `limit` bytes.
+
+    They are cut after white space in the last eighth of a part, or else between characters.
+    """
+    rest = bytearray()
+    for content in contents:
+        rest += content
+        start = 0
+        while len(rest) - start > limit:
+            end = start + limit
+            near = end - limit // 8
+            space = max(rest.rfind(white, near, end) for white in (b" ", b"\n", b"\t", b"\r"))
+            end = space + 1 if space >= 0 else character_start(rest, end)
+            yield bytes(memoryview(rest)[start:end])
+            start = end
+        del rest[:start]
+    yield bytes(rest)
 
 
 def excerpt(value: object) -> str:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data.reading.bytestream import BLOCK_BYTES, MIB, character_start, open_stream
-from pipeline.data.reading.delimited import Overlong, csv_records, json_elements, separated, skip_line
+from pipeline.data.reading.delimited import HEAD_BYTES, Overlong, csv_records, json_elements, separated, skip_line
 from pipeline.data.reading.formats import (
     TEXT_CHUNK_BYTES,
     Document,
@@ -33,10 +33,13 @@ from pipeline.data.reading.formats import (
     missing_key,
 )
 from pipeline.data.reading.hub import load_saved, saved_columns
+from pipeline.data.reading.longtext import without_long_strings
 from pipeline.errors import UserError
 
 _BATCH_BYTES, _BATCH_ROWS = 4 * MIB, 256
 _KEY_RECORDS = 100
+LONG_RECORD_BYTES = 16 * MIB
+"""JSON from this length on is not parsed whole, so that it is not held several times over."""
 Records = Generator[Record, None, int]
 
 
@@ -178,18 +181,18 @@ def _chunk_end(content: bytes, start: int, step: int) -> int:
 
 def _read_jsonl(piece: Piece, judge: Judge, first: int) -> Records:
     """Rows are lines, counted with blank ones, which hold no record."""
-    key, index, longest, limit = (
-        judge.rules.key,
-        piece.index,
-        judge.rules.max_document_bytes,
-        judge.rules.max_record_bytes,
-    )
+    key, index, longest = judge.rules.key, piece.index, judge.rules.max_document_bytes
+    limit = judge.rules.max_record_bytes
+    long = min(limit, LONG_RECORD_BYTES)
     loads, row = orjson.loads, first - 1
     with _stream(piece) as stream:
         for row, line in enumerate(iter(partial(stream.readline, limit + 1), b""), first):
-            if len(line) > limit and not line.endswith(b"\n"):
-                skip_line(stream)
-                yield from judge.overlong(row, line)
+            if len(line) > long:
+                if len(line) > limit and not line.endswith(b"\n"):
+                    skip_line(stream)
+                    yield from judge.overlong(row, line)
+                elif not line.isspace():
+                    yield from judge.records(_field(_parsed(line), key), row)
                 continue
             try:  # the way of nearly every line: nothing but what it needs
                 content = loads(line)[key].encode()
@@ -206,6 +209,28 @@ def _parsed(record: bytes | Overlong) -> object:
     """The value of some JSON, or the fault in it."""
     if isinstance(record, Overlong):
         return Fault("overlong", record.head)
+    return _parsed_long(record) if len(record) > LONG_RECORD_BYTES else _parsed_short(record)
+
+
+def _parsed_long(record: bytes) -> object:
+    """The value with a `LongText` for each long string that is an element of an object, or is itself the value."""
+    malformed = Fault("malformed JSON", record[: 2 * HEAD_BYTES].strip())
+    try:
+        skeleton, longs = without_long_strings(record)
+        for text in longs.values():
+            for _ in text.parts():
+                pass
+    except ValueError:
+        return malformed
+    value = _parsed_short(skeleton)
+    if isinstance(value, Fault):
+        return malformed
+    if isinstance(value, dict):
+        return {key: longs.get(found, found) if isinstance(found, str) else found for key, found in value.items()}
+    return longs.get(value, value) if isinstance(value, str) else value
+
+
+def _parsed_short(record: bytes) -> object:
     try:
         return orjson.loads(record)
     except orjson.JSONDecodeError:
