@@ -72,12 +72,13 @@ class Job:
         """
         launch = self.launch
         address, port = launch.address, launch.port
-        serves = launch.rank == 0 and not launch.agent_store
-        if not serves:
+        if not launch.serves:
             _wait_for_port(launch, limit=limit)
         patience = timedelta(seconds=limit)
         stores = [
-            dist.TCPStore(address, port, is_master=serves, timeout=patience, wait_for_workers=False, multi_tenant=True)
+            dist.TCPStore(
+                address, port, is_master=launch.serves, timeout=patience, wait_for_workers=False, multi_tenant=True
+            )
             for _ in range(2)
         ]
         lifelines = Lifelines()
@@ -130,8 +131,6 @@ def _end_together(job: Job, error: BaseException) -> NoReturn:
         time.sleep(pulse_of_job.CONSEQUENCE)
     trace = "".join(traceback.format_exception(error)) if message == "" else ""
     pulse_of_job.tell(f"{launch.who} failed:\n{trace}" if trace else message)
-    if pulse.joined and launch.rank == 0 and not launch.agent_store:
-        time.sleep(pulse_of_job.GRACE)  # its store tells the others why
     pulse.leave(code, text)
 
 
@@ -171,7 +170,9 @@ def _call_roll(store: dist.Store, launch: Launch, lifelines: Lifelines, limit: f
     a reply repeats a word that only this start of a rank knows.
     """
     session = uuid4().hex
-    store.set("session", json.dumps({"session": session, "port": lifelines.serve(), "host": launch.host}))
+    store.set(
+        "session", json.dumps({"session": session, "port": lifelines.serve(launch.world_size), "host": launch.host})
+    )
     answers: dict[int, Any] = {}
     began, told, refused = time.monotonic(), False, ""
     while not refused and (missing := [rank for rank in range(1, launch.world_size) if rank not in answers]):

@@ -42,6 +42,11 @@ class Launch:
         return 0 if self.elastic else EXIT_STOPPED
 
     @property
+    def serves(self) -> bool:
+        """Whether the store lives in this process."""
+        return self.world_size > 1 and self.rank == 0 and not self.agent_store
+
+    @property
     def who(self) -> str:
         """This process in a message."""
         return f"rank {self.rank} on {self.host}" if self.world_size > 1 else "this process"

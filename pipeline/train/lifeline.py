@@ -25,11 +25,14 @@ class Lifelines:
         self._server: socket.socket | None = None
         self._heard: dict[socket.socket, bytes] = {}
         self._ranks: dict[socket.socket, int] = {}  # who is at the other end
+        self._parting = False
+        self._expected: set[int] = set()  # whose farewell is still to come
         if hasattr(os, "register_at_fork"):  # a copy in a forked child would keep the connection open
             os.register_at_fork(after_in_child=self._close)
 
-    def serve(self) -> int:
-        """Listen, in rank 0; the port."""
+    def serve(self, world_size: int) -> int:
+        """Listen for all others, in rank 0; the port."""
+        self._expected = set(range(1, world_size))
         if socket.has_dualstack_ipv6():
             self._server = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
         else:
@@ -58,12 +61,16 @@ class Lifelines:
         return found
 
     def part(self, *, wait: float) -> None:
-        """Say farewell, and wait so long at most for that of the others, whom a store in this process may serve."""
+        """Say farewell, and wait so long at most for that of the others, whom a store in this process may serve.
+
+        Some may not even have been let in: they connect before this process looks.
+        """
+        self._parting = True
         for connection in self._heard:
             with suppress(OSError):
                 connection.sendall(_FAREWELL)
         end = time.monotonic() + wait
-        while self._heard and (left := end - time.monotonic()) > 0:
+        while wait and self._expected and (left := end - time.monotonic()) > 0:
             self.lost(left)
         self._close()
 
@@ -74,6 +81,9 @@ class Lifelines:
             if hasattr(socket, name):
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         self._heard[connection] = b""
+        if self._parting:
+            with suppress(OSError):
+                connection.sendall(_FAREWELL)
         if rank is not None:
             self._ranks[connection] = rank
         self._selector.register(connection, selectors.EVENT_READ)
@@ -98,6 +108,8 @@ class Lifelines:
             return None
         rank, parted = self._ranks.get(connection), self._heard[connection].endswith(_FAREWELL)
         self._drop(connection)
+        if rank is not None:
+            self._expected.discard(rank)
         return None if parted else rank
 
     def _drop(self, connection: socket.socket) -> None:

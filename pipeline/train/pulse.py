@@ -66,6 +66,10 @@ class Ending:
         return Ending(**{**found, "late": tuple(found["late"])})
 
 
+NOBODY = -1  # the rank of an ending that is no rank's
+GONE = "it is gone without a word: killed from outside (out of memory? the kernel's log tells), or crashed"
+
+
 class Elsewhere(UserError):  # noqa: N818 - a pointer to an error
     """The cause lies in another rank, which tells more than this one can."""
 
@@ -91,6 +95,7 @@ class Pulse:
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
         self._store: dist.Store | None = None
+        self._known: Ending | None = None  # why the job ends
         self._lifelines: Lifelines | None = None
         self._hosts: list[str] = [launch.host]
 
@@ -141,8 +146,7 @@ class Pulse:
         if self._thread is not None:
             self._thread.join(5 * TICK)
         if self._lifelines is not None:
-            host = self.launch.rank == 0 and not self.launch.agent_store  # its store serves the others until they part
-            self._lifelines.part(wait=10.0 if host else 0.0)
+            self._lifelines.part(wait=10.0 if self.launch.serves else 0.0)
             self._lifelines = None
 
     def fail(self, text: str, code: int, *, consequence: bool) -> Ending:
@@ -155,9 +159,9 @@ class Pulse:
         if self._store is None:
             return own
         deadline = time.monotonic() + (CONSEQUENCE if consequence else 0.0)
-        while time.monotonic() < deadline and self._cause() is None:
+        while time.monotonic() < deadline and self._known is None:  # the thread asks
             time.sleep(TICK / 10)
-        return self._claim(own)
+        return self._known or self._claim(own)
 
     def stop_at_once(self, text: str) -> None:
         """End the job because it was asked to before there was anything to lose; unless it ends already."""
@@ -174,7 +178,11 @@ class Pulse:
         """End this process because of another one."""
         if not cause.asked_for and not self._told:
             who = f"{self.launch.who} ends because "
-            tell(who + (cause.text if cause.late else f"rank {cause.rank} on {cause.host} failed: {cause.text}"))
+            alone = cause.late or cause.rank == NOBODY
+            tell(
+                who
+                + (cause.text if alone else f"rank {cause.rank} on {cause.host} failed: {cause.text.splitlines()[0]}")
+            )
         self.leave(cause.code if cause.asked_for else EXIT_HUNG, cause.text, cause=cause.code)
 
     def leave(self, code: int, text: str, *, cause: int | None = None) -> NoReturn:
@@ -183,6 +191,8 @@ class Pulse:
         cause: the code of the rank that failed, where it is another one.
         """
         self.notify(code if cause is None else cause, text)
+        if self.launch.serves and self.joined and not self._closed.is_set():
+            time.sleep(GRACE)  # until the others have heard why
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(code)
@@ -205,9 +215,9 @@ class Pulse:
                     self._watch_self(min(now - last, 2 * TICK))  # a process that was halted has not been hanging
                     if self._store is not None:
                         self._watch_others(lost)
-                except dist.DistError as error:  # what serves the store is gone, and with it the job
+                except dist.DistError:
                     if not self._closed.is_set():
-                        self._end(Ending(0, self._hosts[0], f"its store is gone: {str(error).splitlines()[0]}"))
+                        self._end(self._without_store(lost))
                 last = now
         finally:
             faulthandler.cancel_dump_traceback_later()
@@ -231,41 +241,47 @@ class Pulse:
             self._hang()
 
     def _watch_others(self, lost: list[int]) -> None:
+        assert self._store is not None, "asked after joining only"
         self._publish()
-        cause = self._cause()
-        if cause is None and lost:
-            cause = self._gone(lost[0])
-        if cause is not None and (cause.rank != self.launch.rank or cause.late):
-            self._end(cause)
+        if self._known is None and self._store.check(["ending"]):
+            self._known = Ending.read(self._store.get("ending"))
+        if self._known is None and lost:
+            self._gone(lost[0])
+        if self._known is not None and (self._known.late or self._known.rank != self.launch.rank):
+            self._end(self._known)
 
     def _publish(self) -> None:
         where = _innermost(self._main) if self._idle > self.limit / 2 else ""
-        beat = json.dumps({"count": self._count, "what": self._what, "where": where})
+        host = self.launch.host
+        beat = json.dumps({"host": host, "count": self._count, "what": self._what, "where": where})
         if beat != self._published and self._store is not None:
             self._store.set(f"beat/{self.launch.rank}", beat)
             self._published = beat
-
-    def _cause(self) -> Ending | None:
-        assert self._store is not None, "asked after joining only"
-        return Ending.read(self._store.get("ending")) if self._store.check(["ending"]) else None
 
     def _claim(self, own: Ending) -> Ending:
         """Make `own` the cause that every rank is told, unless there is one already; the cause."""
         assert self._store is not None, "asked after joining only"
         try:
-            return Ending.read(self._store.compare_set("ending", "", own.written()))
+            self._known = Ending.read(self._store.compare_set("ending", "", own.written()))
         except dist.DistError:  # rank 0 served it and is gone
-            return own
+            self._known = self._known or own
+        return self._known
 
-    def _gone(self, rank: int) -> Ending:
-        host = self._hosts[rank] if rank < len(self._hosts) else "its host"
-        text = "it is gone without a word: killed from outside (out of memory? the kernel's log tells), or crashed"
-        own = Ending(rank, host, text)
-        cause = self._claim(own)
-        if cause == own:
+    def _gone(self, rank: int) -> None:
+        own = Ending(rank, self._host(rank), GONE)
+        if self._claim(own) == own:
             self._told = True
-            tell(f"error: rank {rank} on {host}: {text}")
-        return cause
+            tell(f"error: rank {rank} on {own.host}: {GONE}")
+
+    def _without_store(self, lost: list[int]) -> Ending:
+        """Why the job ends when what serves its store is gone: rank 0, or torchrun's agent."""
+        if self._known is None and not self.launch.agent_store and not lost and self._lifelines is not None:
+            lost = self._lifelines.lost(TICK)  # the end of rank 0 may be heard of a little later
+        if self._known is None:
+            where = f"{self.launch.address}:{self.launch.port}"
+            nobody = Ending(NOBODY, "", f"what served the store of the job at {where} is gone")
+            self._known = Ending(lost[0], self._host(lost[0]), GONE) if lost else nobody
+        return self._known
 
     def _hang(self) -> None:
         own = self._hanging()
@@ -284,14 +300,16 @@ class Pulse:
         self._publish()
         world = range(self.launch.world_size)
         found = {rank: self._store.get(f"beat/{rank}") for rank in world if self._store.check([f"beat/{rank}"])}
-        beats: dict[int, Any] = {rank: json.loads(found.get(rank, b'{"count": -1}')) for rank in world}
+        beats: dict[int, Any] = {
+            rank: json.loads(found.get(rank, b'{"host": "its host", "count": -1}')) for rank in world
+        }
         least = min(beat["count"] for beat in beats.values())
         late = tuple(rank for rank in world if beats[rank]["count"] == least)
-        lines = [f"    rank {rank} on {self._host(rank)}: {_described(beats[rank])}" for rank in late[:SHOWN]]
+        lines = [f"    rank {rank} on {beats[rank]['host']}: {_described(beats[rank])}" for rank in late[:SHOWN]]
         others = [f"    rank {rank}: {_described(beats[rank])}" for rank in world if rank not in late][:SHOWN]
         what = "all ranks have come equally far" if not others else f"late: {', '.join(map(str, late[:SHOWN]))}"
         text = "\n".join([f"{waited}; {what}", *lines, *(["  the others:", *others] if others else [])])
-        return Ending(late[0], self._host(late[0]), text, late=late)
+        return Ending(late[0], beats[late[0]]["host"], text, late=late)
 
     def _host(self, rank: int) -> str:
         return self._hosts[rank] if rank < len(self._hosts) else "its host"

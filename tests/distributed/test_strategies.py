@@ -150,6 +150,8 @@ class Rank:
             found["norms"].append(result.grad_norm)
             if step == steps // 2:
                 found["validation"] = self.evaluated(trainer, config)
+                # what a checkpoint of this step would see: shards again, not what the evaluation gathered
+                found["shards"] = {isinstance(p, DTensor) for p in trainer.parallel.model.parameters()}
         found["last"] = whole(trainer.parallel)
         return found
 
@@ -420,6 +422,7 @@ def test_each_rank_holds_its_rows_and_no_more(worlds: dict[int, list[dict[Any, A
     for world, ranks in worlds.items():
         for strategy in strategies_for(world):
             shards = {"fsdp": world, "hsdp": 2}.get(strategy, 1)
+            assert ranks[0][strategy, "fp32", 8]["shards"] == {strategy in ("fsdp", "hsdp")}, (world, strategy)
             for name, value in ranks[0][strategy, "fp32", 8]["first"].items():
                 expected = [len(chunk) for chunk in torch.arange(value.shape[0]).chunk(shards)]
                 expected += [0] * (shards - len(expected))
