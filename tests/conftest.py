@@ -13,6 +13,7 @@ from tests.support import write_corpus
 
 # The suite runs in as many processes as there are cores; two threads each would wait for each other more than work.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["WANDB_MODE"] = "offline"  # before any process is forked that runs pretrain.py
 torch.set_num_threads(1)
 
 

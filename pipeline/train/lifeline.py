@@ -54,8 +54,7 @@ class Lifelines:
             connection = key.fileobj
             assert isinstance(connection, socket.socket), "nothing else is registered"
             if connection is self._server:
-                with suppress(BlockingIOError):
-                    self._adopt(connection.accept()[0], rank=None)
+                self._let_in()
             elif (rank := self._listen(connection)) is not None:
                 found.append(rank)
         return found
@@ -66,6 +65,7 @@ class Lifelines:
         Some may not even have been let in: they connect before this process looks.
         """
         self._parting = True
+        self._let_in()
         for connection in self._heard:
             with suppress(OSError):
                 connection.sendall(_FAREWELL)
@@ -73,6 +73,12 @@ class Lifelines:
         while wait and self._expected and (left := end - time.monotonic()) > 0:
             self.lost(left)
         self._close()
+
+    def _let_in(self) -> None:
+        """Accept all who have connected: in a short job the first look may be the last."""
+        with suppress(BlockingIOError):
+            while self._server is not None:
+                self._adopt(self._server.accept()[0], rank=None)
 
     def _adopt(self, connection: socket.socket, *, rank: int | None) -> None:
         connection.setblocking(False)

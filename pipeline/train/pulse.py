@@ -41,12 +41,13 @@ _MARKS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer
 class Ending:
     """Why the job ends: what happened to `rank`, and the code that it exits with.
 
-    late: the ranks that made no progress, if that is why.
+    by: the rank that found out and tells. late: the ranks that made no progress, if that is why.
     """
 
     rank: int
     host: str
     text: str
+    by: int
     code: int = EXIT_HUNG
     late: tuple[int, ...] = ()
 
@@ -155,7 +156,7 @@ class Pulse:
         Does not return when this process is ending already.
         """
         self._leaving.acquire()
-        own = Ending(self.launch.rank, self.launch.host, text, code)
+        own = Ending(self.launch.rank, self.launch.host, text, self.launch.rank, code)
         if self._store is None:
             return own
         deadline = time.monotonic() + (CONSEQUENCE if consequence else 0.0)
@@ -166,7 +167,7 @@ class Pulse:
     def stop_at_once(self, text: str) -> None:
         """End the job because it was asked to before there was anything to lose; unless it ends already."""
         code = self.launch.stopped_code
-        own = Ending(self.launch.rank, self.launch.host, text, code=code)
+        own = Ending(self.launch.rank, self.launch.host, text, self.launch.rank, code)
         cause = own if self._store is None else self._claim(own)
         if not cause.asked_for or not self._leaving.acquire(blocking=False):
             return  # the signal came because a rank has failed, and the watch ends this one
@@ -211,13 +212,14 @@ class Pulse:
                 self._rearm()
                 lost = self._wait()
                 now = time.monotonic()
+                if self._closed.is_set():
+                    break
                 try:
                     self._watch_self(min(now - last, 2 * TICK))  # a process that was halted has not been hanging
                     if self._store is not None:
                         self._watch_others(lost)
                 except dist.DistError:
-                    if not self._closed.is_set():
-                        self._end(self._without_store(lost))
+                    self._end(self._without_store(lost))
                 last = now
         finally:
             faulthandler.cancel_dump_traceback_later()
@@ -268,19 +270,21 @@ class Pulse:
         return self._known
 
     def _gone(self, rank: int) -> None:
-        own = Ending(rank, self._host(rank), GONE)
+        own = Ending(rank, self._host(rank), GONE, self.launch.rank)
         if self._claim(own) == own:
             self._told = True
             tell(f"error: rank {rank} on {own.host}: {GONE}")
 
     def _without_store(self, lost: list[int]) -> Ending:
         """Why the job ends when what serves its store is gone: rank 0, or torchrun's agent."""
-        if self._known is None and not self.launch.agent_store and not lost and self._lifelines is not None:
+        if self.launch.agent_store:
+            lost = []  # whoever has ended since, ended for this
+        elif not lost and self._lifelines is not None:
             lost = self._lifelines.lost(TICK)  # the end of rank 0 may be heard of a little later
         if self._known is None:
             where = f"{self.launch.address}:{self.launch.port}"
-            nobody = Ending(NOBODY, "", f"what served the store of the job at {where} is gone")
-            self._known = Ending(lost[0], self._host(lost[0]), GONE) if lost else nobody
+            nobody = Ending(NOBODY, "", f"what served the store of the job at {where} is gone", self.launch.rank)
+            self._known = Ending(lost[0], self._host(lost[0]), GONE, self.launch.rank) if lost else nobody
         return self._known
 
     def _hang(self) -> None:
@@ -296,7 +300,7 @@ class Pulse:
         waited = f"no progress for {self._idle:.0f} s (train.hang_minutes is {self.limit / 60:g})"
         if self._store is None:
             text = f"{waited} since: {self._what}, {_innermost(self._main)}"
-            return Ending(0, self.launch.host, text, late=(0,))
+            return Ending(0, self.launch.host, text, 0, late=(0,))
         self._publish()
         world = range(self.launch.world_size)
         found = {rank: self._store.get(f"beat/{rank}") for rank in world if self._store.check([f"beat/{rank}"])}
@@ -309,7 +313,7 @@ class Pulse:
         others = [f"    rank {rank}: {_described(beats[rank])}" for rank in world if rank not in late][:SHOWN]
         what = "all ranks have come equally far" if not others else f"late: {', '.join(map(str, late[:SHOWN]))}"
         text = "\n".join([f"{waited}; {what}", *lines, *(["  the others:", *others] if others else [])])
-        return Ending(late[0], beats[late[0]]["host"], text, late=late)
+        return Ending(late[0], beats[late[0]]["host"], text, self.launch.rank, late=late)
 
     def _host(self, rank: int) -> str:
         return self._hosts[rank] if rank < len(self._hosts) else "its host"
