@@ -27,7 +27,8 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 
-from pipeline.data.deleting.deletion import Bits, counts, delete_documents, open_shard, run_each
+from pipeline.data.deleting.deletion import Bits, counts, delete_documents, open_shard
+from pipeline.data.deleting.each import run_each
 from pipeline.data.deleting.minhash import BINS, has_ngrams, signature_path, write_signatures
 from pipeline.data.manifest import Counts, Deduplication, Manifest, ShardInfo, read_manifest
 from pipeline.data.shards import Shard
@@ -71,10 +72,7 @@ def deduplicate(
     exact = equal_documents(documents.hashes())
     near = np.zeros(len(exact), np.bool_)
     if method == "near":
-        # not a list: done here, each shard closes its files before the next one opens
-        missing = (shard for shard in documents.shards() if not signature_path(folder, shard.info).exists())
-        for _ in run_each(executor, write_signatures, missing):
-            pass
+        _write_missing_sketches(documents, executor, console)
         near = _near_documents(documents, np.flatnonzero(documents.have_ngrams() & ~exact), threshold)
     found = Deduplication(
         method=method,
@@ -87,6 +85,16 @@ def deduplicate(
     )
     console.print(_summary(found, len(exact)), markup=False)
     return changed
+
+
+def _write_missing_sketches(documents: _Documents, executor: Executor | None, console: Console) -> None:
+    infos = [info for info in documents.infos if not signature_path(documents.folder, info).exists()]
+    names = {info.name for info in infos}
+    # not a list: done here, each shard closes its files before the next one opens
+    missing = ((shard.info.text_bytes, shard) for shard in documents.shards() if shard.info.name in names)
+    size = sum(info.text_bytes for info in infos)
+    for _ in run_each(executor, write_signatures, missing, what="near copies", total=size, console=console):
+        pass
 
 
 def check_threshold(threshold: float) -> None:

@@ -12,10 +12,9 @@ The caller holds the lock of the folder.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import BrokenExecutor, Executor
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -37,24 +36,6 @@ from pipeline.files import fsync_folder, write_durably
 Reason = Literal["duplicates", "contaminated"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 Bits = npt.NDArray[np.bool_]
-Task = TypeVar("Task")
-Result = TypeVar("Result")
-
-
-def run_each(executor: Executor | None, work: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
-    """Results in the order of the tasks; without an executor they are done here, one by one.
-
-    Raises `UserError` when a worker dies.
-    """
-    try:
-        yield from map(work, tasks) if executor is None else executor.map(work, tasks)
-    except Exception as error:
-        if not isinstance(error, BrokenExecutor) and type(error).__name__ != "KilledWorker":  # Dask's
-            raise
-        raise UserError(
-            "a worker process was killed, perhaps for lack of memory; the dataset is as it was before: "
-            "run the same command again with fewer --workers"
-        ) from None
 
 
 def delete_documents(

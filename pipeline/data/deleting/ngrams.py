@@ -12,12 +12,14 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.data.deleting.sieve import Sieve
 from pipeline.data.order import mix_keys
 
 SHORTEST = 8
@@ -80,6 +82,11 @@ class NgramIndex:
     def __init__(self, vocabulary: dict[str, int], tables: dict[int, _Table]) -> None:
         self._vocabulary, self._tables = vocabulary, tables
         self._spellings = _Spellings(vocabulary)
+
+    @cached_property
+    def sieve(self) -> Sieve:
+        """What tells fast which texts may hold an n-gram."""
+        return Sieve(list(self._vocabulary), {length: table.rows for length, table in self._tables.items()})
 
     @classmethod
     def build(cls, texts: Iterable[tuple[int, str]], *, ngram: int) -> tuple[Self, dict[int, list[int]]]:
