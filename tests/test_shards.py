@@ -152,7 +152,7 @@ def test_reading_changes_nothing(folder: Path) -> None:
 def test_what_is_no_dataset_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match=r"no dataset folder .*datasset; did you mean 'dataset'"):
         open_dataset(folder.parent / "datasset")
-    with pytest.raises(UserError, match="is no dataset: it has neither a manifest.json nor shards"):
+    with pytest.raises(UserError, match=r"is no dataset: it has neither a manifest.json nor shards"):
         open_dataset(folder.parent)
 
 
