@@ -31,7 +31,7 @@ from pipeline.data.preparing.executors import open_place
 from pipeline.data.preparing.flags import output_of, parse, request_of
 from pipeline.data.preparing.prepare import prepare
 from pipeline.data.preparing.unit import UNKNOWN_TOKENS
-from pipeline.errors import UserError, run_command
+from pipeline.errors import UserError, counted, run_command
 from pipeline.locks import locked
 
 
@@ -120,7 +120,8 @@ def summary(output: Path, manifest: Manifest) -> str:
         documents, tokens = manifest.total(split, "documents"), manifest.total(split, "tokens")
         text = manifest.total(split, "text_bytes")
         ratio = f", {text / (tokens - documents):.3f} bytes/token" if tokens > documents else ""
-        lines.append(f"{split}: {documents:,} documents, {tokens:,} tokens, {text:,} bytes of text{ratio}")
+        held = f"{counted(documents, 'document')}, {counted(tokens, 'token')}, {counted(text, 'byte')} of text"
+        lines.append(f"{split}: {held}{ratio}")
     lines.append(f"split: {manifest.split_rule}")
     lines.append(f"tokenizer: {manifest.vocab_size:,} tokens, {manifest.dtype}, EOS {manifest.eos_id}")
     for reason, count in manifest.drops.items():
@@ -135,7 +136,7 @@ def summary(output: Path, manifest: Manifest) -> str:
         lines.append(f"deleted: {found.exact.documents:,} equal and {found.near.documents:,} near copies")
     if manifest.contamination:
         state = "deleted" if manifest.contamination.deleted else "kept"
-        lines.append(f"contaminated: {manifest.contamination.documents:,} training documents, {state}")
+        lines.append(f"contaminated: {counted(manifest.contamination.documents, 'training document')}, {state}")
     lines.append(f"dataset: {output}, digest {manifest.data_digest[:16]}")
     run = f"--data.path {output} --run-dir runs/{output.resolve().name}"
     lines.append(f"next: python pretrain.py configs/quickstart.yaml {run}")

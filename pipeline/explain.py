@@ -24,7 +24,7 @@ from pipeline.data.loading.rows import Origin
 from pipeline.data.loading.sources import TrainingData, open_source, open_sources, reopen
 from pipeline.data.order import share
 from pipeline.data.tokenizer import TextTokenizer
-from pipeline.errors import UserError, run_command
+from pipeline.errors import UserError, counted, run_command
 from pipeline.train.checkpoint import checkpoint_folder, list_checkpoints, read_state
 from pipeline.train.state import BatchSizes, rows_of_step
 
@@ -83,7 +83,7 @@ def main() -> None:
     course = read_course(arguments.run, moved=arguments.data)
     rows = course.rows(arguments.step, rank=arguments.rank, world_size=arguments.world_size)
     of_rank = "" if arguments.rank is None else f", rank {arguments.rank} of {arguments.world_size}"
-    print(f"step {arguments.step}{of_rank}: {len(rows)} rows of {course.config.model.context_length} tokens")
+    print(f"step {arguments.step}{of_rank}: {counted(len(rows), 'row')} of {course.config.model.context_length} tokens")
     if arguments.step > course.config.total_steps:
         print(f"the run ends with step {course.config.total_steps}: this is what it would train on if it were extended")
     tokenizer = _tokenizer(course.data) if arguments.text else None

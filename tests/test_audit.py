@@ -143,9 +143,7 @@ def test_verify_finds_bitmaps_that_contradict_each_other_and_the_numbers(deleted
     replace_bitmap(deleted, "train-00002.keep", path.read_bytes()[:-1] + bytes([0b01000000]))
     with pytest.raises(UserError) as caught:
         verify(deleted)
-    assert "train-00002: 1 documents are kept or deleted against what duplicates and contaminated say" in str(
-        caught.value
-    )
+    assert "train-00002: 1 document kept or deleted against what duplicates and contaminated say" in str(caught.value)
     assert (
         "train-00002: expected as deleted {'documents': 1, 'tokens': 4, 'text_bytes': 3}, the bitmap deletes "
         in str(caught.value)
@@ -195,7 +193,7 @@ def sources(folder: Path, tmp_path: Path) -> list[Path]:
 
 
 def test_a_missing_input_is_only_noted(folder: Path, sources: list[Path]) -> None:
-    assert verify(folder).endswith("\nnote: 1 of 2 inputs are not here to be compared")
+    assert verify(folder).endswith("\nnote: not here to be compared: 1 of 2 inputs")
     edit_manifest(folder, lambda values: values["inputs"].pop())
     assert "note" not in verify(folder)
 
@@ -300,7 +298,7 @@ def test_inspect_shows_counts_and_texts(folder: Path) -> None:
     shown = inspect(folder)
     assert "train: 7 documents" in shown
     assert "  shards: 3, of which 2 continue an input" in shown
-    assert "val: 1 documents, 9 tokens, 8 bytes of text" in shown
+    assert "val: 1 document, 9 tokens, 8 bytes of text" in shown
     assert "'held out'" in shown
     assert "256-511: 1" in shown
     assert "duplicates: not looked for\ncontamination: not looked for" in shown
@@ -315,7 +313,7 @@ def test_inspect_shows_what_was_deleted_noticed_and_failed(deleted: Path) -> Non
     assert "dropped: 1,234 x text is empty" in shown
     assert "noticed: 2 x documents with NUL" in shown
     assert "failed: 00007: damaged at byte 5" in shown
-    assert "duplicates deleted: 1 documents (4 tokens, 3 bytes) equal to another\n" in shown
+    assert "duplicates deleted: 1 document (4 tokens, 3 bytes) equal to another\n" in shown
     assert "contamination: 1 training documents share 13 words in a row with an evaluation file, deleted" in shown
     assert "  quiz.jsonl: 1" in shown
     assert "train: 5 documents" in shown

@@ -225,7 +225,7 @@ def test_a_torn_ledger_line_costs_its_unit_only(corpus: Path) -> None:
     (output / "ledger.jsonl").write_bytes(before["ledger.jsonl"][:-200])
     _, said = run(request(corpus))
     units = len(before["ledger.jsonl"].splitlines()) - 1
-    assert f"going on: {units - 1} of {units} units are done" in said
+    assert f"going on: {units - 1} of {units} units done" in said
     assert content(output) == before
 
 
@@ -284,7 +284,7 @@ def test_few_documents_hold_out_their_tails(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.txt").write_text(text)
     wanted = Request(inputs=(str(tmp_path / "a.txt"),), output=tmp_path / "out", tokenizer="bytes")
     if len(text) == 1:
-        with pytest.raises(UserError, match="leaves train empty with 1 documents"):
+        with pytest.raises(UserError, match="leaves train empty with 1 document;"):
             run(wanted)
         return
     manifest, said = run(wanted)
@@ -340,7 +340,7 @@ def test_too_many_bad_records_stop_and_can_be_allowed(corpus: Path) -> None:
         run(request(corpus))
     assert not (corpus.parent / "out" / "manifest.json").exists()
     manifest, said = run(request(corpus, max_bad=0.05))
-    assert "units are done" in said
+    assert "units done" in said
     assert manifest.drops == {"malformed JSON": 3}
 
 
@@ -398,7 +398,7 @@ def test_ctrl_c_says_how_to_go_on(corpus: Path, monkeypatch: pytest.MonkeyPatch)
 
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.data.preparing.prepare.prepare_unit", interrupted)
-        with pytest.raises(StoppedEarly, match=r"stopped: 0 of \d+ units are done; go on with: python"):
+        with pytest.raises(StoppedEarly, match=r"stopped: 0 of \d+ units done; go on with: python"):
             run(request(corpus))
     manifest, _ = run(request(corpus))
     assert manifest.total("train", "documents") > 200
@@ -501,7 +501,7 @@ def test_shares_of_an_array_job_complete_to_the_same_dataset(corpus: Path) -> No
         assert not (output / "manifest.json").exists()
     _, said = run(request(corpus, "shared"))
     units = len((output / "ledger.jsonl").read_bytes().splitlines()) - 1
-    assert f"going on: {units} of {units} units are done" in said
+    assert f"going on: {units} of {units} units done" in said
     assert content(output) == content(corpus.parent / "out")
 
 
@@ -786,7 +786,7 @@ def test_an_input_that_changes_during_the_work_is_not_passed_off(corpus: Path, m
 
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.data.preparing.prepare.prepare_unit", late)
-        with pytest.raises(UserError, match=r"1 inputs changed while they were prepared, such as .*b\.jsonl"):
+        with pytest.raises(UserError, match=r"1 input changed during the preparation, such as .*b\.jsonl"):
             run(wanted)
     _, said = run(wanted)
     assert "made again because input or files changed" in said

@@ -93,8 +93,8 @@ MISTAKES = {
     "hub name": (["org/data", "--output", "out"], "write hf:org/data"),
     "no match": (["*.parquet", "--output", "out"], "nothing matches '*.parquet'"),
     "wrong key": (["good.jsonl", "--output", "out", "--text-key", "body"], "has no key 'body'; found 'text'"),
-    "empty": (["empty.txt", "--output", "out"], "no document in 1 inputs: all of them are empty"),
-    "all bad": (["bad.txt", "--output", "out"], "all 1 records are bad\n  1 x invalid UTF-8"),
+    "empty": (["empty.txt", "--output", "out"], "no document in 1 input: nothing but empty files"),
+    "all bad": (["bad.txt", "--output", "out"], "no document in 1 input, 1 bad record\n  1 x invalid UTF-8"),
     "too many bad": (["mixed.jsonl", "--output", "out"], "50 of 200 records are bad (25.00%), --max-bad allows 1.00%"),
     "three examples": (["mixed.jsonl", "--output", "out"], "row 8: malformed JSON: {oops"),
     "fraction": (

@@ -58,7 +58,7 @@ def delete_documents(
             contents |= bitmaps
         if infos and all(info.documents == info.deleted.documents for info in infos):
             raise UserError(
-                f"nothing of {split} would be left: all its {sum(info.documents for info in infos)} documents are "
+                f"nothing of {split} would be left: all its documents ({sum(info.documents for info in infos):,}) are "
                 f"{' or '.join(REASONS)}; the dataset stays as it was"
             )
         splits[split] = tuple(infos)

@@ -18,7 +18,7 @@ from pipeline.data.manifest import TOKENIZER_NAME, Counts, Manifest, SplitName, 
 from pipeline.data.preparing.compare import InputState, compare_inputs
 from pipeline.data.shards import Shard
 from pipeline.data.tokenizer import TextTokenizer
-from pipeline.errors import UserError
+from pipeline.errors import UserError, counted
 
 _BLOCK = 2**24
 _SAMPLED_DOCUMENTS = 20
@@ -57,9 +57,9 @@ def verify(path: str | Path) -> str:
         raise UserError("\n  ".join([f"{path} {state}:", *findings, *inputs.changed, *remedy]))
     notes = [f"\nnote: {name} bears another time, but holds the same documents" for name in inputs.touched]
     if inputs.gone:
-        notes.append(f"\nnote: {inputs.gone} of {len(manifest.inputs)} inputs are not here to be compared")
+        notes.append(f"\nnote: not here to be compared: {inputs.gone} of {counted(len(manifest.inputs), 'input')}")
     documents = sum(info.documents for infos in manifest.splits.values() for info in infos)
-    return f"{path} is whole: {documents:,} documents, digest {manifest.data_digest[:16]}{''.join(notes)}"
+    return f"{path} is whole: {counted(documents, 'document')}, digest {manifest.data_digest[:16]}{''.join(notes)}"
 
 
 def _check_identity(manifest: Manifest, tokenizer: TextTokenizer) -> Iterator[str]:
@@ -91,7 +91,7 @@ def _check_boundaries(shard: Shard) -> list[str]:
     except ValueError as error:
         return [f"{shard.info.name}.docs.npy: {error}"]
     if records != shard.info.documents:
-        return [f"{shard.info.name}.docs.npy: expected {shard.info.documents} records, found {records}"]
+        return [f"{shard.info.name}.docs.npy: expected {counted(shard.info.documents, 'record')}, found {records}"]
     return []
 
 
@@ -118,7 +118,8 @@ def _check_bitmaps(shard: Shard) -> Iterator[str]:
     keep = shard.keep if shard.keep is not None else np.ones(shard.n_documents, np.bool_)
     wrong = int((keep != kept_by_reasons(shard)).sum())
     if wrong:
-        yield f"{shard.info.name}: {wrong} documents are kept or deleted against what {' and '.join(REASONS)} say"
+        against = " and ".join(REASONS)
+        yield f"{shard.info.name}: {counted(wrong, 'document')} kept or deleted against what {against} say"
     found = counts(shard, ~keep)
     if found != shard.info.deleted:
         expected = shard.info.deleted.model_dump()
@@ -198,13 +199,15 @@ def _describe_deletions(manifest: Manifest) -> Iterator[str]:
 
 
 def _amount(amount: Counts) -> str:
-    return f"{amount.documents:,} documents ({amount.tokens:,} tokens, {amount.text_bytes:,} bytes)"
+    size = f"{counted(amount.tokens, 'token')}, {counted(amount.text_bytes, 'byte')}"
+    return f"{counted(amount.documents, 'document')} ({size})"
 
 
 def _describe_split(name: SplitName, split: TokenSplit, manifest: Manifest, tokenizer: TextTokenizer) -> list[str]:
     shards = manifest.splits[name]
+    tokens, text = counted(split.n_tokens, "token"), counted(split.text_bytes, "byte")
     lines = [
-        f"{name}: {split.n_documents:,} documents, {split.n_tokens:,} tokens, {split.text_bytes:,} bytes of text",
+        f"{name}: {counted(split.n_documents, 'document')}, {tokens}, {text} of text",
         f"  shards: {len(shards)}, of which {sum(info.continues > 0 for info in shards)} continue an input",
     ]
     if any(info.deleted.documents for info in shards):
@@ -220,7 +223,7 @@ def _describe_split(name: SplitName, split: TokenSplit, manifest: Manifest, toke
     for number in sorted(random.Random(_SEED).sample(range(split.n_documents), count)):
         start, info = int(starts[number]), split.describe(number)
         text = tokenizer.decode(split.tokens(start, start + min(info.tokens - 1, 40)).tolist())
-        lines.append(f"  document {number} ({info.source}, row {info.row}, {info.tokens:,} tokens): {text!r}")
+        lines.append(f"  document {number} ({info.source}, row {info.row}, {counted(info.tokens, 'token')}): {text!r}")
     return lines
 
 

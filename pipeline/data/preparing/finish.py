@@ -32,7 +32,7 @@ from pipeline.data.reading.formats import Rejected
 from pipeline.data.reading.plan import Unit
 from pipeline.data.reading.readers import count_rows
 from pipeline.data.shards import token_dtype
-from pipeline.errors import UserError
+from pipeline.errors import UserError, counted
 
 QUARANTINE_NAME = "quarantine.jsonl"
 
@@ -57,10 +57,11 @@ def too_many_bad(reports: Sequence[UnitReport], corpus: Corpus, *, max_bad: floa
 
 def no_documents(drops: Counter[str], examples: Sequence[Rejected], corpus: Corpus) -> UserError:
     """The error for inputs without a single document."""
+    inputs = counted(len(corpus.sources), "input")
     if not drops:
-        return UserError(f"no document in {len(corpus.sources)} inputs: all of them are empty")
+        return UserError(f"no document in {inputs}: nothing but empty files")
     table = _table(drops) + _lines(examples, corpus)
-    return UserError(f"no document in {len(corpus.sources)} inputs: all {drops.total()} records are bad{table}")
+    return UserError(f"no document in {inputs}, {counted(drops.total(), 'bad record')}{table}")
 
 
 def _examples(reports: Sequence[UnitReport], corpus: Corpus) -> str:
@@ -105,7 +106,9 @@ def refuse_empty_split(reports: Sequence[UnitReport], settings: UnitSettings) ->
         )
     else:
         remedy = "choose another --val-fraction (0 for no validation split), or give more text"
-    raise UserError(f"--val-fraction {rule.fraction:g} leaves {empty[0]} empty with {documents} documents; {remedy}")
+    raise UserError(
+        f"--val-fraction {rule.fraction:g} leaves {empty[0]} empty with {counted(documents, 'document')}; {remedy}"
+    )
 
 
 def done_without(unit: Unit, reason: str) -> tuple[FailedUnit, UnitReport]:
@@ -115,10 +118,10 @@ def done_without(unit: Unit, reason: str) -> tuple[FailedUnit, UnitReport]:
     """
     rows: dict[int, int] = {}
     for piece in unit.pieces:
-        counted = count_rows(piece)
-        if counted is None and not (piece.whole or unit.stream):  # nothing follows these
+        own = count_rows(piece)
+        if own is None and not (piece.whole or unit.stream):  # nothing follows these
             reason += f"; rows of {piece.source.name} after it are numbered as if it had none"
-        rows[piece.index] = rows.get(piece.index, 0) + (counted or 0)
+        rows[piece.index] = rows.get(piece.index, 0) + (own or 0)
     report = UnitReport(
         unit=unit.number,
         part=unit.part,

@@ -64,7 +64,7 @@ from pipeline.data.preparing.unit import (
 from pipeline.data.reading.corpus import Corpus, changed_since
 from pipeline.data.reading.plan import Unit, cut_stream, plan_units
 from pipeline.data.tokenizer import TextTokenizer
-from pipeline.errors import Unfinished, UserError
+from pipeline.errors import Unfinished, UserError, counted
 from pipeline.files import fsync_folder
 from pipeline.locks import LOCK_NAME, locked, refuse_held
 
@@ -199,7 +199,7 @@ class _Preparation:
         failed += [FailedUnit(unit=report.name, reason=reason) for report in ordered for reason in report.failed]
         if failed and not self.request.allow_failed:
             raise Unfinished(
-                f"{len(failed)} of {len(self.units)} units failed, {len(self.done)} are done and kept:"
+                f"{len(failed)} of {counted(len(self.units), 'unit')} failed, done and kept: {len(self.done)}"
                 + "".join(f"\n  {unit.unit}: {unit.reason}" for unit in failed)
                 + "\nmend these inputs and run the same command again, or do without them: --allow-failed"
             )
@@ -212,8 +212,8 @@ class _Preparation:
         refuse_empty_split(ordered, self.settings)
         if changed := changed_since(self.corpus):
             raise UserError(
-                f"{len(changed)} inputs changed while they were prepared, such as {changed[0]}; once they stay as they "
-                "are, run the same command again: only their units are made again"
+                f"{counted(len(changed), 'input')} changed during the preparation, such as {changed[0]}; once they "
+                "stay as they are, run the same command again: only their units are made again"
             )
         write_quarantine(self.output, ordered, self.corpus)
         manifest = manifest_of(ordered, self.settings, self.corpus, identity=self.identity, failed=failed)
@@ -274,7 +274,7 @@ class _Preparation:
             redone = len({report.place for report in reports} - self.done.keys())
             changed = f", {redone} made again because input or files changed" if redone else ""
             count = sum(self._is_done(unit) for unit in self.units)
-            self.console.print(f"going on: {count} of {len(self.units)} units are done{changed}", markup=False)
+            self.console.print(f"going on: {count} of {counted(len(self.units), 'unit')} done{changed}", markup=False)
         self._clean()
 
     def _do_units(self) -> list[FailedUnit]:
@@ -311,7 +311,7 @@ class _Preparation:
                         self._early_verdict()
         except KeyboardInterrupt:
             count = sum(self._is_done(unit) for unit in self.units)
-            raise stopped(f"{count} of {len(self.units)} units are done") from None
+            raise stopped(f"{count} of {counted(len(self.units), 'unit')} done") from None
         return sorted(failed, key=lambda unit: unit.unit)
 
     def _cut(self, unit: Unit) -> Iterator[Unit]:
