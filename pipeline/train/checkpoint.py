@@ -60,8 +60,8 @@ def restore(checkpoint: Location, *, model: nn.Module, optimizer: torch.optim.Op
 
     Moments are made as the checkpoint has them, so an optimizer needs none before. Errors: anything that does not fit.
     """
-    state = restore_weights(checkpoint, model=model)
-    weights = read_headers(checkpoint / "model")
+    state = read_state(checkpoint)
+    weights = _read_weights(checkpoint, model)
     moments = read_headers(checkpoint / "optimizer")
     targets = _make_moments(moments, weights, model=model, optimizer=optimizer, updates=state.updates)
     _read_tensors(moments, targets, where=checkpoint)
@@ -70,15 +70,16 @@ def restore(checkpoint: Location, *, model: nn.Module, optimizer: torch.optim.Op
 
 def restore_weights(checkpoint: Location, *, model: nn.Module) -> TrainState:
     """Read weights in place, each rank its rows only. Errors: anything that does not fit."""
-    _read_tensors(read_headers(checkpoint / "model"), _weights(model), where=checkpoint)
-    return read_state(checkpoint)
+    state = read_state(checkpoint)
+    _read_weights(checkpoint, model)
+    return state
 
 
 def load_model(checkpoint: Location, *, device: torch.device) -> tuple[Decoder, Config]:
     """The trained model of a checkpoint folder, in float32 and evaluation mode, on one process."""
     config = read_config(checkpoint)
     model = build_model(config.model, n_tokens=read_state(checkpoint).n_tokens).to(device)
-    _read_tensors(read_headers(checkpoint / "model"), _weights(model), where=checkpoint)
+    _read_weights(checkpoint, model)
     return model.eval(), config
 
 
@@ -210,8 +211,10 @@ def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
 
 
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    return dict(model.state_dict())
+def _read_weights(checkpoint: Location, model: nn.Module) -> dict[str, StoredTensor]:
+    stored = read_headers(checkpoint / "model")
+    _read_tensors(stored, dict(model.state_dict()), where=checkpoint)
+    return stored
 
 
 def _make_moments(
