@@ -20,7 +20,7 @@ from pipeline.data.loading.loader import Loader
 from pipeline.data.loading.sources import open_sources
 from pipeline.errors import UserError
 from pipeline.train.guard import ECHO, StopSignal, refuse_update
-from pipeline.train.pulse import Elsewhere
+from pipeline.train.pulse import Elsewhere, tell
 from tests.support import FORKS, _print_into, tiny_settings
 
 Scenario = Callable[[StopSignal, list[str]], None]
@@ -39,7 +39,7 @@ def in_a_process(scenario: Scenario, tmp_path: Path) -> tuple[int, str]:
 def _play(scenario: Scenario, output: str) -> None:
     _print_into(output)
     heard: list[str] = []
-    stop = StopSignal(at_once=heard.append)
+    stop = StopSignal(at_once=heard.append, answer=tell)
     scenario(stop, heard)
 
 

@@ -58,16 +58,17 @@ def refuse_update(
 class StopSignal:
     """Remembers that the run shall stop, until the loop looks: a signal came, or its time is up.
 
-    Before `arm` there is nothing to save: a signal calls `at_once`. Afterwards the first is remembered, and a second
-    SIGINT or SIGTERM ends the process at once. A thread hears of signals through a socket that C writes to, so that it
-    also learns of those that come while the main thread is in C: compiling, or waiting for another rank.
+    Before `arm` there is nothing to save: a signal calls `at_once`. Afterwards the first is remembered and gets an
+    `answer`, and a second SIGINT or SIGTERM ends the process at once. A thread hears of signals through a socket that C
+    writes to, so that it also learns of those that come while the main thread is in C: compiling, or waiting for
+    another rank.
     """
 
-    def __init__(self, *, at_once: Callable[[str], None], talks: bool = True) -> None:
+    def __init__(self, *, at_once: Callable[[str], None], answer: Callable[[str], None]) -> None:
         self.reason = ""
         self.deadline = math.inf
         self._at_once = at_once
-        self._talks = talks
+        self._answer = answer
         self._armed = False
         self._began = self._warned_at = time.monotonic()
         self._first = math.inf  # when the first signal came that a second one may follow
@@ -110,12 +111,11 @@ class StopSignal:
         if now - self._first > ECHO and number != _POLITE:
             os.write(2, f"{name} for the second time: ending at once\n".encode())
             os._exit(128 + number)
-        if self._first == math.inf and self._talks:
-            # not print: this may come while the main thread is printing
-            os.write(2, f"{name}: stopping after this step; a second signal ends the process at once\n".encode())
+        first, self.reason = not self.reason, self.reason or name
         if number != _POLITE:
             self._first = min(self._first, now)
-        self.reason = self.reason or name
+        if first:
+            self._answer(f"{name}: stopping after this step; a second signal ends the process at once")
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         """Python's own handler; without one the socket would hear nothing."""

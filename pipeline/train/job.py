@@ -42,7 +42,7 @@ class Job:
         self._said: frozenset[str] = frozenset()
         if watched:
             faulthandler.enable(file=STDERR)  # a crash in C tells where
-            self.signal = StopSignal(at_once=self._stop_at_once, talks=launch.local_rank == 0)
+            self.signal = StopSignal(at_once=self._stop_at_once, answer=self._answer)
             self.stop = self.signal
             self.pulse.start()
 
@@ -53,6 +53,11 @@ class Job:
 
     def _stop_at_once(self, name: str) -> None:
         self.pulse.stop_at_once(f"stopped by {name} before the first step was done, so nothing was lost; {AGAIN}")
+
+    def _answer(self, text: str) -> None:
+        """Tell the user, unless the signal is only the launcher's way to end the other ranks of a job that failed."""
+        if self.launch.local_rank == 0 and not self.pulse.ends(within=pulse_of_job.GRACE):
+            pulse_of_job.tell(text)
 
     def steady(self) -> None:
         """The first step is done: from now on there is something to save, and steps take their usual time."""
@@ -119,6 +124,9 @@ def _end_together(job: Job, error: BaseException) -> NoReturn:
         pulse.close()
         own = error.code if isinstance(error, SystemExit) else launch.stopped_code
         pulse.leave(own if isinstance(own, int) else 0, message)
+    if not pulse.joined and launch.local_rank != 0:
+        # Most likely the first rank of this host has made the same mistake, and the launcher now ends this one.
+        time.sleep(pulse_of_job.CONSEQUENCE)
     text = message.removeprefix("error: ") or _first_line(error)
     code = EXIT_UNFINISHED if code is None else code
     cause = pulse.fail(text, code, consequence=is_consequence(error))
@@ -126,9 +134,6 @@ def _end_together(job: Job, error: BaseException) -> NoReturn:
         if cause.text == text:  # a mistake that every rank has found
             pulse.leave(code, text)
         pulse.follow(cause)
-    if not pulse.joined and launch.local_rank != 0:
-        # Most likely the first rank of this host has made the same mistake, and its end is the end of this one.
-        time.sleep(pulse_of_job.CONSEQUENCE)
     trace = "".join(traceback.format_exception(error)) if message == "" else ""
     pulse_of_job.tell(f"{launch.who} failed:\n{trace}" if trace else message)
     pulse.leave(code, text)

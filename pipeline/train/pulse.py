@@ -159,10 +159,16 @@ class Pulse:
         own = Ending(self.launch.rank, self.launch.host, text, self.launch.rank, code)
         if self._store is None:
             return own
-        deadline = time.monotonic() + (CONSEQUENCE if consequence else 0.0)
-        while time.monotonic() < deadline and self._known is None:  # the thread asks
-            time.sleep(TICK / 10)
+        if consequence:
+            self.ends(within=CONSEQUENCE)
         return self._known or self._claim(own)
+
+    def ends(self, *, within: float) -> bool:
+        """Whether a cause for the end of the job comes to be known within so many seconds; alone none does."""
+        deadline = time.monotonic() + within
+        while self.joined and self._known is None and time.monotonic() < deadline:  # the thread asks
+            time.sleep(TICK / 10)
+        return self._known is not None
 
     def stop_at_once(self, text: str) -> None:
         """End the job because it was asked to before there was anything to lose; unless it ends already."""

@@ -1,0 +1,198 @@
+"""Two ranks under torchrun's agent, one of which fails, dies or sleeps: all end soon, and the cause is told once."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.train.checkpoint import list_checkpoints, verify
+from tests.distributed.faulty import act_of, at
+from tests.support import run_pretrain, run_ranks, tiny_settings, write_config
+
+ROOT = Path(__file__).parent.parent.parent
+
+pytestmark = pytest.mark.slow
+
+LIMIT = 4.0  # seconds without progress
+SOON = 30.0  # seconds in which all must have ended
+
+KINDS = ("raises", "is killed", "sleeps")
+
+
+def settings_of(dataset: Path, run_dir: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    return tiny_settings(dataset, run_dir, **{"train": {"hang_minutes": LIMIT / 60, "micro_batch": 2}, **sections})
+
+
+def run_with(place: str, what: str, config: Path, *, rank: int = 1) -> tuple[int, str]:
+    """The exit code and what the ranks printed, without the agent's own report; the end must come soon."""
+    when, output = config.with_suffix(".when"), config.with_suffix(".txt")
+    fault = partial(at, place, act_of(what), rank=rank, when=when)
+    code, printed = run_ranks(2, str(config), output=output, before=fault)
+    assert when.exists(), printed
+    assert time.monotonic() - float(when.read_text()) < SOON
+    return code, of_ranks(printed)
+
+
+def of_ranks(printed: str) -> str:
+    """Without what the agent reports of its ranks: log lines, and its own exception at the end."""
+    return re.sub(r"(?m)^[EW]\d{4} .*\n?", "", printed.split("\nProcess ")[0])
+
+
+def status_of(run_dir: Path) -> tuple[str, int]:
+    found = json.loads((run_dir / "status.json").read_text())
+    return found["status"], found["exit_code"]
+
+
+PLACES = ("data", "step 3, micro-batch", "evaluation on", "saving step 4")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("place", PLACES)
+def test_a_rank_that_fails_ends_all(place: str, kind: str, dataset: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "a.yaml", settings_of(dataset, tmp_path / "run"))
+    code, printed = run_with(place, kind, config)
+    assert code != 0
+    assert printed.count("Traceback") == (kind == "raises"), printed
+    if kind == "raises":
+        assert printed.count("rank 1 on ") >= 1
+        assert printed.count("in injected") == 1
+        assert status_of(tmp_path / "run") == ("failed", 1)
+    elif kind == "sleeps":
+        assert printed.count("error: no progress for") == 1, printed
+        late = printed.split("error: no progress for")[1]
+        assert "    rank 1 on " in late
+        assert "in asleep" in late or place == "data", "a thread reads ahead: the main thread waits for it"
+        stacks = {file.name: file.read_text() for file in (tmp_path / "run" / "stacks").iterdir()}
+        assert list(stacks) != []
+        assert "in asleep" in stacks["rank-1.txt"]
+        assert status_of(tmp_path / "run") == ("failed", 124)
+    for checkpoint in list_checkpoints(tmp_path / "run" / "checkpoints"):
+        assert verify(checkpoint) == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_raises_while_starting_ends_all(rank: int, dataset: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "a.yaml", settings_of(dataset, tmp_path / "run"))
+    code, printed = run_with("start", "raises", config, rank=rank)
+    assert code != 0
+    assert printed.count("Traceback") == printed.count("in injected") == 1
+    assert f"rank {rank} on " in printed
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_once(dataset: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "a.yaml", settings_of(dataset, tmp_path / "run"))
+    code, printed = run_with("flush", "raises", config)
+    assert code != 0
+    assert printed.count("in injected") == 1, printed
+    assert list_checkpoints(tmp_path / "run" / "checkpoints") == []
+
+
+def test_a_mistake_is_told_once(dataset: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "a.yaml", settings_of(dataset, tmp_path / "run"))
+    for number, flags in enumerate([("--parallel.strategy", "single"), ("--data.path", str(tmp_path / "none"))]):
+        code, printed = run_ranks(2, str(config), *flags, output=tmp_path / f"{number}.txt")
+        assert code != 0
+        assert printed.count("error: ") == 1, printed
+        assert "Traceback" not in of_ranks(printed)
+
+
+def poison(rank: int) -> None:
+    """In that rank the loss of the third step's second micro-batch is not a number."""
+    if int(os.environ["RANK"]) == rank:
+        import torch
+
+        from pipeline.train.step import Trainer
+
+        backward = Trainer._backward
+
+        def poisoned(self: Trainer, *arguments: Any, **named: Any) -> Any:
+            losses = backward(self, *arguments, **named)
+            if named["step"] == 3:
+                losses[1] = torch.nan
+            return losses
+
+        Trainer._backward = poisoned  # type: ignore[method-assign]
+
+
+def test_documents_are_named_once_by_the_rank_that_had_them(dataset: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "a.yaml", settings_of(dataset, tmp_path / "run"))
+    code, printed = run_ranks(2, str(config), output=tmp_path / "o.txt", before=partial(poison, 1))
+    assert code != 0
+    assert printed.count("error: step 3: loss nan") == 1, printed
+    assert printed.count("  rows [") == 1
+    rows = printed.split("  rows [")[1].split("]")[0]
+    assert rows == "22, 23", "of 8 rows rank 1 has the last 4, two a micro-batch"
+    assert "another rank" not in printed
+
+
+SIGNALS = [
+    ("start", "SIGTERM rank"),
+    ("step 5, micro-batch", "SIGTERM agent"),
+    ("step 5, micro-batch", "SIGUSR1 rank"),
+    ("evaluation on", "SIGINT rank"),
+    ("saving step 8", "SIGTERM agent"),
+]
+
+
+def torchrun(place: str, what: str, config: Path) -> tuple[int, str]:
+    """torchrun itself: it alone takes a rank's exit code 0 for what it is, whatever the rank did before."""
+    when = config.with_suffix(".when")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    launched = subprocess.run(
+        [*command, "tests.distributed.faulty", place, what, "1", str(when), str(config)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120,
+    )  # fmt: skip
+    assert time.monotonic() - float(when.read_text()) < SOON
+    return launched.returncode, launched.stdout
+
+
+@pytest.fixture(scope="module")
+def undisturbed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    config = write_config(folder / "a.yaml", settings_of(dataset, folder / "run"))
+    code, printed = run_ranks(2, str(config), output=folder / "o.txt")
+    assert code == 0, printed
+    return folder / "run"
+
+
+def final_files(run_dir: Path) -> dict[str, bytes]:
+    last = list_checkpoints(run_dir / "checkpoints")[-1]
+    return {str(file.relative_to(last)): file.read_bytes() for file in sorted(last.rglob("*.safetensors"))}
+
+
+@pytest.mark.parametrize(("place", "what"), SIGNALS)
+def test_a_signal_saves_the_last_step_of_all_ranks(
+    place: str, what: str, undisturbed: Path, dataset: Path, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path / "a.yaml", settings_of(dataset, tmp_path / "run"))
+    code, printed = torchrun(place, what, config)
+    if what.endswith("rank"):
+        assert code == 0, printed  # to torchrun a stop is no failure
+    if place == "start":
+        assert printed.count("before the first step was done, so nothing was lost") == 1, printed
+    else:
+        assert printed.count("everything is saved; go on with the same command") == 1, printed
+        assert status_of(tmp_path / "run") == ("stopped", 75)
+        stopped = 5 if "saving" not in place else 9  # the step in whose loss the ranks agree on it
+        assert f"stopped after step {stopped}" in printed
+        assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == f"step-{stopped:08}"
+    code, printed = run_ranks(2, str(config), output=tmp_path / "again.txt")
+    assert code == 0, printed
+    assert final_files(tmp_path / "run") == final_files(undisturbed)
+
+
+def test_time_is_up(dataset: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "a.yaml", settings_of(dataset, tmp_path / "run", train={"steps": 100_000}))
+    code, printed = run_pretrain(config, "--train.max-minutes", "0.05")
+    assert code == 75, printed
+    assert "everything is saved; go on with the same command" in printed
+    assert list_checkpoints(tmp_path / "run" / "checkpoints") != []
