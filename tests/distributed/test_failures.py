@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,16 @@ import pytest
 
 from pipeline.train.checkpoint import list_checkpoints, verify
 from tests.distributed.faulty import act_of, at
-from tests.support import run_pretrain, run_ranks, tiny_settings, write_config
+from tests.support import (
+    FORKS,
+    _main,
+    _print_into,
+    run_pretrain,
+    run_ranks,
+    start_pretrain,
+    tiny_settings,
+    write_config,
+)
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -188,6 +198,73 @@ def test_a_signal_saves_the_last_step_of_all_ranks(
     code, printed = run_ranks(2, str(config), output=tmp_path / "again.txt")
     assert code == 0, printed
     assert final_files(tmp_path / "run") == final_files(undisturbed)
+
+
+def test_what_torchrun_starts_again_goes_on(undisturbed: Path, dataset: Path, tmp_path: Path) -> None:
+    """In the store that the first start has left behind."""
+    config = write_config(tmp_path / "a.yaml", settings_of(dataset, tmp_path / "run"))
+    fault = partial(at, "step 7, micro-batch", act_of("raises"), rank=1, when=tmp_path / "when")
+    code, printed = run_ranks(2, str(config), output=tmp_path / "o.txt", before=fault, max_restarts=1)
+    assert code == 0, printed
+    assert printed.count("in injected") == 1
+    assert printed.count("resuming from") == 1
+    assert final_files(tmp_path / "run") == final_files(undisturbed)
+
+
+def as_srun_does(rank: int, port: int, config: str, output: str, place: str, what: str) -> None:
+    """A task of srun, which has no agent: rank 0 serves the store."""
+    _print_into(output)
+    step = {"SLURM_STEP_NUM_TASKS": 2, "SLURM_STEP_TASKS_PER_NODE": 2, "SLURM_PROCID": rank, "SLURM_LOCALID": rank}
+    places = {"SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": port, "RANK": rank}
+    os.environ.update({name: str(value) for name, value in {**step, **places}.items()})
+    at(place, act_of(what), rank=0, when=Path(output).with_suffix(".when"))
+    _main([config])
+
+
+@pytest.mark.parametrize(
+    ("place", "what", "codes"),
+    [
+        ("nowhere", "raises", [0, 0]),
+        ("step 3, micro-batch", "is killed", [-9, 124]),
+        ("step 3", "SIGTERM rank", [75, 75]),
+    ],
+)
+def test_tasks_of_srun_are_a_job(place: str, what: str, codes: list[int], dataset: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "a.yaml", settings_of(dataset, tmp_path / "run"))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    outputs = [str(tmp_path / f"{rank}.txt") for rank in range(2)]
+    arguments = [(rank, port, str(config), outputs[rank], place, what) for rank in range(2)]
+    tasks = [FORKS.Process(target=as_srun_does, args=one) for one in arguments]
+    for task in tasks:
+        task.start()
+    for task in tasks:
+        task.join(60)
+    printed = "".join(Path(output).read_text() for output in outputs)
+    assert [task.exitcode for task in tasks] == codes, printed
+    assert "Traceback" not in printed
+    assert "2 ranks, alike in settings" in printed
+    assert ("rank 0 on" in printed) == (what == "is killed"), printed
+
+
+def test_a_signal_while_compiling_ends_the_run_at_once(dataset: Path, tmp_path: Path) -> None:
+    sections = {"train": {"compile": True}}
+    config, output = (
+        write_config(tmp_path / "a.yaml", tiny_settings(dataset, tmp_path / "run", **sections)),
+        tmp_path / "o",
+    )
+    process = start_pretrain(config, output)
+    until = time.monotonic() + 60
+    while time.monotonic() < until and "checkpoints: " not in (output.read_text() if output.exists() else ""):
+        time.sleep(0.05)
+    time.sleep(2.0)  # the first step compiles for longer than that
+    asked = time.monotonic()
+    process.terminate()
+    process.join(60)
+    assert time.monotonic() - asked < SOON
+    assert process.exitcode == 75, output.read_text()
+    assert "stopped by SIGTERM before the first step was done, so nothing was lost" in output.read_text()
+    assert status_of(tmp_path / "run") == ("stopped", 75)
 
 
 def test_time_is_up(dataset: Path, tmp_path: Path) -> None:
