@@ -138,6 +138,10 @@ def save_all(rank: int, world: int, folder: Path) -> None:
         store = store_in(folder / f"{world}-{kind}", rank, world)
         store.clean()
         store.begin(state_at(5), model=model, optimizer=optimizer)
+        numbers = 3 * sum(parameter.numel() for parameter in model.parameters())
+        one_row_each = 3 * sum(parameter.shape[1:].numel() for parameter in model.parameters())
+        copies = 4 * (numbers / world + one_row_each) + 16 * 3 * len(list(model.parameters()))
+        assert store._host.nbytes <= copies, "a rank copies its share only"
         for parameter in model.parameters():
             parameter.detach().zero_()  # what was begun does not care
         for _ in range(5):  # nor does it mix with what training sends
