@@ -3,7 +3,7 @@
     torchrun ... -m tests.distributed.faulty PLACE WHAT RANK WHEN [configs/NAME.yaml] [--section.key VALUE ...]
 
 Once that rank has come to the place it does what is asked, and writes the time (of the monotonic clock) to the file
-WHEN. A place is `start`, `data`, `flush`, or the beginning of what the main thread says that it does.
+WHEN. A place is `start`, `data`, `compile`, `flush`, or the beginning of what the main thread says that it does.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pipeline.train.pulse as pulse_module
@@ -72,13 +73,17 @@ def at(place: str, act: Act, *, rank: int, when: Path) -> None:
     elif place == "data":
         calls = itertools.count()
         _before(Loader, "batch", lambda: happen() if next(calls) == 3 else None)
+    elif place == "compile":
+        import torch._inductor.compile_fx  # takes a second, which the other places need not wait for
+
+        _before(torch._inductor.compile_fx, "compile_fx", happen)
     elif place == "flush":
         _before(Flush, "run", happen)
     else:
         _hook_beats(place, happen)
 
 
-def _before(owner: type, name: str, happen: Act) -> None:
+def _before(owner: type | ModuleType, name: str, happen: Act) -> None:
     method = getattr(owner, name)
 
     def changed(*arguments: Any, **named: Any) -> Any:

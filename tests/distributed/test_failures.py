@@ -21,9 +21,9 @@ from tests.support import (
     FORKS,
     _main,
     _print_into,
+    record,
     run_pretrain,
     run_ranks,
-    start_pretrain,
     tiny_settings,
     write_config,
 )
@@ -154,13 +154,14 @@ SIGNALS = [
 
 
 def torchrun(place: str, what: str, config: Path) -> tuple[int, str]:
-    """torchrun itself: it alone takes a rank's exit code 0 for what it is, whatever the rank did before."""
+    """As `run_with`, by torchrun itself: it alone takes a rank's exit code 0 for what it is, however the rank ended."""
     when = config.with_suffix(".when")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     launched = subprocess.run(
         [*command, "tests.distributed.faulty", place, what, "1", str(when), str(config)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120,
     )  # fmt: skip
+    assert when.exists(), launched.stdout
     assert time.monotonic() - float(when.read_text()) < SOON
     return launched.returncode, launched.stdout
 
@@ -183,21 +184,28 @@ def final_files(run_dir: Path) -> dict[str, bytes]:
 def test_a_signal_saves_the_last_step_of_all_ranks(
     place: str, what: str, undisturbed: Path, dataset: Path, tmp_path: Path
 ) -> None:
-    config = write_config(tmp_path / "a.yaml", settings_of(dataset, tmp_path / "run"))
-    code, printed = torchrun(place, what, config)
+    run_dir = tmp_path / "run"
+    config = write_config(tmp_path / "a.yaml", settings_of(dataset, run_dir))
     if what.endswith("rank"):
+        code, printed = torchrun(place, what, config)
         assert code == 0, printed  # to torchrun a stop is no failure
+    else:
+        _, printed = run_with(place, what, config)
     if place == "start":
         assert printed.count("before the first step was done, so nothing was lost") == 1, printed
+        assert not (run_dir / "status.json").exists() or status_of(run_dir) == ("stopped", 75)
+        assert list_checkpoints(run_dir / "checkpoints") == []
     else:
         assert printed.count("everything is saved; go on with the same command") == 1, printed
-        assert status_of(tmp_path / "run") == ("stopped", 75)
+        assert status_of(run_dir) == ("stopped", 75)
         stopped = 5 if "saving" not in place else 9  # the step in whose loss the ranks agree on it
         assert f"stopped after step {stopped}" in printed
-        assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == f"step-{stopped:08}"
+        assert list_checkpoints(run_dir / "checkpoints")[-1].name == f"step-{stopped:08}"
+        assert record(run_dir)[-1]["step"] == stopped
     code, printed = run_ranks(2, str(config), output=tmp_path / "again.txt")
     assert code == 0, printed
-    assert final_files(tmp_path / "run") == final_files(undisturbed)
+    assert record(run_dir) == record(undisturbed)
+    assert final_files(run_dir) == final_files(undisturbed)
 
 
 def test_what_torchrun_starts_again_goes_on(undisturbed: Path, dataset: Path, tmp_path: Path) -> None:
@@ -208,6 +216,7 @@ def test_what_torchrun_starts_again_goes_on(undisturbed: Path, dataset: Path, tm
     assert code == 0, printed
     assert printed.count("in injected") == 1
     assert printed.count("resuming from") == 1
+    assert record(tmp_path / "run") == record(undisturbed)
     assert final_files(tmp_path / "run") == final_files(undisturbed)
 
 
@@ -247,24 +256,15 @@ def test_tasks_of_srun_are_a_job(place: str, what: str, codes: list[int], datase
     assert ("rank 0 on" in printed) == (what == "is killed"), printed
 
 
-def test_a_signal_while_compiling_ends_the_run_at_once(dataset: Path, tmp_path: Path) -> None:
+def test_a_signal_while_compiling_ends_all_at_once(dataset: Path, tmp_path: Path) -> None:
     sections = {"train": {"compile": True}}
-    config, output = (
-        write_config(tmp_path / "a.yaml", tiny_settings(dataset, tmp_path / "run", **sections)),
-        tmp_path / "o",
-    )
-    process = start_pretrain(config, output)
-    until = time.monotonic() + 60
-    while time.monotonic() < until and "checkpoints: " not in (output.read_text() if output.exists() else ""):
-        time.sleep(0.05)
-    time.sleep(2.0)  # the first step compiles for longer than that
-    asked = time.monotonic()
-    process.terminate()
-    process.join(60)
-    assert time.monotonic() - asked < SOON
-    assert process.exitcode == 75, output.read_text()
-    assert "stopped by SIGTERM before the first step was done, so nothing was lost" in output.read_text()
+    config = write_config(tmp_path / "a.yaml", tiny_settings(dataset, tmp_path / "run", **sections))
+    _, printed = run_with("compile", "SIGTERM agent", config)
+    assert printed.count("stopped by SIGTERM before the first step was done, so nothing was lost") == 1, printed
+    assert "step  1/12" not in printed
+    assert "Traceback" not in printed
     assert status_of(tmp_path / "run") == ("stopped", 75)
+    assert list_checkpoints(tmp_path / "run" / "checkpoints") == []
 
 
 def test_time_is_up(dataset: Path, tmp_path: Path) -> None:
