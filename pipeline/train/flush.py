@@ -18,6 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +26,7 @@ from errno import EIO, ENOSPC
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import xxhash
@@ -32,7 +34,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from pipeline.errors import UserError
-from pipeline.train.pieces import BLOCK, SUFFIX, Piece, header_of, in_file_order, total_bytes, write_stream
+from pipeline.train.pieces import BLOCK, SUFFIX, Piece, as_bytes, header_of, in_file_order, total_bytes, write_stream
 from pipeline.train.storage import (
     MANIFEST,
     Location,
@@ -47,6 +49,7 @@ from pipeline.train.storage import (
 PARTS = ("model", "optimizer")
 
 _PATIENCE = timedelta(hours=2)  # the slowest rank may need so much longer to write than the fastest
+_COPIERS = 8  # threads that copy host memory; more would wait for it
 _ALIGNMENT = 16  # of a tensor within a block: the widest element has 8 bytes
 _SPARE = 1.01  # of the room that a checkpoint needs: file systems keep books, too
 
@@ -91,9 +94,17 @@ class HostBlocks:
     def snapshot(self, flats: Iterable[Tensor]) -> list[list[Tensor]]:
         """Copies of flat tensors, each as one or more blocks. They are good until the next call."""
         self._block, self._used = 0, 0
-        copies = [self._copy(flat) for flat in flats]
+        pairs = [list(self._places(flat)) for flat in flats]
         self.nbytes = self._block * BLOCK + self._used
-        return copies
+        on_host = []
+        for place, part in chain.from_iterable(pairs):
+            if part.device.type == "cpu":
+                on_host.append((place, part))
+            else:
+                place.copy_(part, non_blocking=True)  # on this thread, whose stream it is
+        with ThreadPoolExecutor(min(torch.get_num_threads(), _COPIERS)) as pool:
+            list(pool.map(_copy, on_host))
+        return [[place for place, _ in parts] for parts in pairs]
 
     def stream(self, flat: Tensor) -> Iterator[Tensor]:
         """The same elements block by block, as they are in host memory, else copied. Each is good until the next."""
@@ -105,8 +116,8 @@ class HostBlocks:
                 torch.cuda.current_stream(part.device).synchronize()
                 yield from copies
 
-    def _copy(self, flat: Tensor) -> list[Tensor]:
-        copies = []
+    def _places(self, flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Where a flat tensor is copied to, and what of it."""
         done, width = 0, flat.element_size()
         while done < flat.numel():
             if self._used + width > BLOCK:
@@ -114,12 +125,20 @@ class HostBlocks:
             if self._block == len(self._blocks):
                 self._blocks.append(torch.empty(BLOCK, dtype=torch.uint8, pin_memory=flat.device.type == "cuda"))
             count = min(flat.numel() - done, (BLOCK - self._used) // width)
-            place = self._blocks[self._block][self._used : self._used + count * width].view(flat.dtype)
-            place.copy_(flat[done : done + count], non_blocking=True)
-            copies.append(place)
+            place = self._blocks[self._block][self._used : self._used + count * width]
+            yield place.view(flat.dtype), flat[done : done + count]
             done += count
             self._used += -(-count * width // _ALIGNMENT) * _ALIGNMENT
-        return copies
+
+
+def _copy(pair: tuple[Tensor, Tensor]) -> None:
+    """Host memory to host memory, in one thread, without Python's lock.
+
+    `Tensor.copy_` would divide each tensor among PyTorch's threads, which wait for the slowest: where another process
+    has one of the cores that took two to three times as long as a queue of copies (benchmarks/checkpoint.py).
+    """
+    target, source = (np.asarray(as_bytes(tensor)) for tensor in pair)
+    np.copyto(target, source)
 
 
 @dataclass(frozen=True)
