@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 
 import orjson
+import xxhash
 
 LONG_BYTES = 2**20
 """Strings of JSON from this length on are decoded by parts, if the record that holds them is long."""
@@ -67,9 +68,7 @@ def without_long_strings(record: bytes) -> tuple[bytes, dict[str, LongText]]:
 
     Raises `ValueError` for a string that does not end. Whether a long string is sound shows when it is read.
     """
-    mark = 0
-    while b"long string %d." % mark in record:
-        mark += 1
+    mark = xxhash.xxh3_128_hexdigest(record)  # a record that holds it, escaped or not, cannot be made by chance
     kept: list[bytes] = []
     longs: dict[str, LongText] = {}
     copied = 0
@@ -77,7 +76,7 @@ def without_long_strings(record: bytes) -> tuple[bytes, dict[str, LongText]]:
         if match.group(1) is None:
             raise ValueError(f"the string at byte {match.start()} does not end")
         if match.end() - match.start() > LONG_BYTES:
-            name = f"long string {mark}.{len(longs)}"
+            name = f"long string {len(longs)} of {mark}"
             longs[name] = LongText(record, match.start() + 1, match.end() - 1)
             kept += [record[copied : match.start()], b'"%s"' % name.encode()]
             copied = match.end()
