@@ -37,6 +37,7 @@ bench: $(INSTALLED_DEV)
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.generate
 	$(BIN)/python -m benchmarks.load
+	$(BIN)/python -m benchmarks.checkpoint
 
 schema: $(INSTALLED)
 	$(BIN)/python -m pipeline.config > configs/schema.json
