@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -299,7 +300,7 @@ def test_only_short_pieces_are_audited(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_loading_anew_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     contents = [text.encode() * 50 for text in CORPUS]
     once, _ = Encoder(TRAINED, backend="gigatoken").encode(contents)
-    for name, value in (("RELOAD_BYTES", 1000), ("CACHE_BYTES", -(2**40))):
+    for name, value in (("RELOAD_BYTES", 1000), ("SHARED_CACHE_BYTES", -(2**40))):
         with monkeypatch.context() as patch:
             loads = break_gigatoken(patch, lambda _, ids: ids)
             patch.setattr(encoder_module, name, value)
@@ -307,6 +308,20 @@ def test_loading_anew_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
             often, _ = Encoder(TRAINED, backend="gigatoken").encode(contents)
             assert len(loads) > 5
             assert np.array_equal(once, often)
+
+
+def test_workers_share_the_memory_for_remembered_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the process grows by a number of bytes with each batch, fewer workers load gigatoken anew less often."""
+    grown = itertools.count(step=2**24)
+    monkeypatch.setattr(encoder_module, "_resident_bytes", lambda: next(grown))
+    monkeypatch.setattr(encoder_module, "BATCH_BYTES", {"gigatoken": 10})
+    loaded = []
+    for workers in (1, 4, 10**6):
+        with monkeypatch.context() as patch:
+            loads = break_gigatoken(patch, lambda _, ids: ids)
+            Encoder(TRAINED, backend="gigatoken", workers=workers).encode([b"0123456789"] * 200)
+            loaded.append(len(loads))
+    assert 1 < loaded[0] < loaded[1] < loaded[2]
 
 
 def test_documents_with_more_tokens_than_bytes_have_room() -> None:

@@ -21,6 +21,7 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.decoders import DecodeStream
 
@@ -70,7 +71,7 @@ class TextTokenizer:
     @property
     def definition(self) -> dict[str, Any]:
         """Content of its `tokenizer.json`, parsed anew."""
-        definition: dict[str, Any] = json.loads(self.definition_json)
+        definition: dict[str, Any] = orjson.loads(self.definition_json)
         return definition
 
     @cached_property

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
+import orjson
 import xxhash
 from numpy.typing import NDArray
 
@@ -48,11 +49,15 @@ SAMPLE_BYTES = 4 * 2**20
 CACHE_BYTES = 48 * 2**20
 """Growth of the process at which gigatoken is loaded anew (0.1 s), for its cache of words is never emptied.
 
-Measured with GPT-2's tokenizer: 0.7 MB per MB of ordinary text at first, less later; 6 MB per MB of random Chinese,
-10 MB per MB of random letters. The process holds 130 MB after loading, so it stays under 200 MB.
+Measured with GPT-2's tokenizer: 0.7 MB per MB of ordinary text at first, 126 MB after 984 MB of sources and HTML; 6 MB
+per MB of random Chinese, 10 MB per MB of random letters. The process holds 130 MB after loading, so it stays under
+200 MB.
 """
 
-RELOAD_BYTES = 2**30 if sys.platform == "linux" else 2**26
+SHARED_CACHE_BYTES = 512 * 2**20
+"""What all workers together may take beyond that: the fewer there are, the more words each remembers."""
+
+RELOAD_BYTES = 2**33 if sys.platform == "linux" else 2**26
 """Text after which it is loaded anew in any case; sooner where the system does not tell the size of the process."""
 
 
@@ -72,7 +77,8 @@ class Encoder:
     the token for unknown text, None if the tokenizer has none.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, *, backend: Backend) -> None:
+    def __init__(self, tokenizer: TextTokenizer, *, backend: Backend, workers: int = 1) -> None:
+        """`workers`: how many processes share the memory."""
         definition = tokenizer.definition
         self.backend = backend
         self.documents = self.text_bytes = self.tokens = self.audited = 0
@@ -80,7 +86,8 @@ class Encoder:
         self.tokenizer = tokenizer
         self.divisible = divisible(definition)
         self._specials = _by_prefix(added_tokens(definition, special=True))
-        self._native = _Native(tokenizer, definition) if backend == "gigatoken" else None
+        room = CACHE_BYTES + SHARED_CACHE_BYTES // workers
+        self._native = _Native(tokenizer, definition, room=room) if backend == "gigatoken" else None
 
     def encode(
         self, contents: Sequence[bytes], *, end: int | None = None
@@ -192,10 +199,11 @@ def reference(tokenizer: TextTokenizer, pieces: Sequence[bytes]) -> list[NDArray
 
 
 class _Native:
-    """gigatoken, loaded when first needed and again before its cache grows large."""
+    """gigatoken, loaded when first needed and again when its cache takes more than `room` bytes."""
 
-    def __init__(self, tokenizer: TextTokenizer, definition: dict[str, Any]) -> None:
+    def __init__(self, tokenizer: TextTokenizer, definition: dict[str, Any], *, room: int) -> None:
         self._tokenizer = tokenizer
+        self._room = room
         self._composes = (definition.get("normalizer") or {}).get("type") == "NFC"
         self._added = _by_prefix(added_tokens(definition, special=False))
         self._definition = gigatoken_definition(definition)
@@ -213,7 +221,7 @@ class _Native:
         self._bytes += sum(map(len, pieces))
         self._grown += max(0, after - before)
         # by both measures: the first counts what it returned, too, the second what others in the process took
-        if min(self._grown, after - self._resident) > CACHE_BYTES or self._bytes > RELOAD_BYTES:
+        if min(self._grown, after - self._resident) > self._room or self._bytes > RELOAD_BYTES:
             self._encode = None
         return encoded
 
@@ -267,7 +275,7 @@ def gigatoken_definition(definition: dict[str, Any]) -> str:
     changes = {"added_tokens": added_tokens(definition, special=False), "pre_tokenizer": words, "post_processor": None}
     if (definition.get("normalizer") or {}).get("type") == "NFC":
         changes["normalizer"] = None  # left to `tokenizers`
-    return json.dumps({**definition, **changes})
+    return orjson.dumps({**definition, **changes}).decode()
 
 
 def _unfit(tokenizer: TextTokenizer) -> str | None:

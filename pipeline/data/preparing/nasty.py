@@ -6,7 +6,6 @@ with one Python; nothing here is read from a corpus.
 
 from __future__ import annotations
 
-import sys
 import unicodedata
 from itertools import pairwise
 from typing import Any
@@ -57,6 +56,9 @@ NASTY = (
 )
 """Strings that tokenizers have got wrong."""
 
+ASSIGNED = 0x40000
+"""Beyond it Unicode has tags and private use alone, of which `NASTY` holds some."""
+
 
 def nasty_texts(definition: dict[str, Any]) -> list[str]:
     """Strings that have broken tokenizers, and the added tokens of this one, each in several places."""
@@ -70,7 +72,7 @@ def nasty_texts(definition: dict[str, Any]) -> list[str]:
 
 def unicode_texts() -> list[str]:
     """Both ends and the middle of each stretch of code points of one category: where two tables of Unicode differ."""
-    names = "".join(map(unicodedata.category, map(chr, range(sys.maxunicode + 1))))  # two letters for each
+    names = "".join(map(unicodedata.category, map(chr, range(ASSIGNED))))  # two letters for each
     categories = np.frombuffer(names.encode(), np.uint16)
     stops = (np.flatnonzero(np.diff(categories)) + 1).tolist()
     points: set[int] = set()

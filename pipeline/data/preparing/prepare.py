@@ -134,7 +134,7 @@ class _Preparation:
         rule = split_rule(request, seen, corpus, console)
         tokenizer = self._tokenizer()
         if request.backend != "tokenizers" and is_worth_proof(request, self.units):
-            known = (tokenizer.definition_json, tokenizer.eos_id, tokenizer.fingerprint)
+            known = (tokenizer.definition_json, tokenizer.eos_id, tokenizer.fingerprint, place.workers)
             place.warm(load_encoder, *known, workers=len(self.units))  # while it is proven here
         encoder, reason = encoder_for(request, tokenizer, seen, self.units)
         if encoder.backend == "tokenizers" and reason:
@@ -149,6 +149,7 @@ class _Preparation:
             backend=encoder.backend,
             strict=request.strict,
             allow_failed=request.allow_failed,
+            workers=place.workers,
         )
         self.header = header_of(identity, corpus, tokenizer_fingerprint=tokenizer.fingerprint)
         self.done: dict[tuple[int, int], UnitReport] = {}

@@ -56,6 +56,7 @@ class UnitSettings:
     backend: Backend
     strict: bool
     allow_failed: bool
+    workers: int
 
     def key(self, unit: Unit) -> str:
         """Digest of everything the unit's shards depend on; equal keys mean equal shards.
@@ -63,7 +64,13 @@ class UnitSettings:
         All parts of a stream bear one key, for where they begin and end follows from its source and the rules.
         """
         values = asdict(self)
-        for name in ("output", "backend", "strict", "allow_failed"):  # where, how fast and how lenient: not what
+        for name in (
+            "output",
+            "backend",
+            "strict",
+            "allow_failed",
+            "workers",
+        ):  # not what
             del values[name]
         whole = unit.stream or unit.part is not None
         pieces = [
@@ -349,11 +356,11 @@ def begin_worker() -> None:
     """What a new process can do ahead of its first unit: by being found, this was imported."""
 
 
-def load_encoder(definition_json: bytes, eos_id: int, fingerprint: str) -> None:
+def load_encoder(definition_json: bytes, eos_id: int, fingerprint: str, workers: int) -> None:
     """What it can do once the tokenizer is known: load the backend that most often is chosen."""
     definition = orjson.loads(definition_json)
     tokenizer = TextTokenizer.from_definition(definition, origin=TOKENIZER_NAME, eos=eos_id)
-    encoder = Encoder(tokenizer, backend="gigatoken")
+    encoder = Encoder(tokenizer, backend="gigatoken", workers=workers)
     encoder.encode([b"a"])
     keep_encoder(encoder, fingerprint)
 
@@ -364,5 +371,6 @@ def _encoder(settings: UnitSettings) -> Encoder:
         path = settings.output / TOKENIZER_NAME
         tokenizer = TextTokenizer.from_file(path, eos=settings.eos_id)
         assert tokenizer.fingerprint == settings.tokenizer_fingerprint, f"{path} changed while the data was prepared"
-        keep_encoder(Encoder(tokenizer, backend=settings.backend), tokenizer.fingerprint)
+        encoder = Encoder(tokenizer, backend=settings.backend, workers=settings.workers)
+        keep_encoder(encoder, tokenizer.fingerprint)
     return _ENCODERS[key]
