@@ -1,6 +1,6 @@
 """Preparation speed beside the ways people use today, on the same JSONL and tokenizer, in one run.
 
-    python -m benchmarks.prepare --tokenizer TOKENIZER.json [--text FILE ...] [--megabytes 250] [--workers 1 2]
+    python -m benchmarks.prepare --tokenizer TOKENIZER.json [--text PATH ...] [--megabytes 250] [--workers 1 2]
 
 Each way runs in processes of its own, one after the other; the memory is the highest sum of the proportional set
 sizes (PSS) of its process tree. "encode only" ways get all text in memory as a list and write nothing: they bound
@@ -26,8 +26,9 @@ import numpy as np
 import psutil
 
 EOS = "<|endoftext|>"
+SLOW_WAY_SECONDS = 60.0
 POLL_SECONDS = 0.2  # to look stops the process for a moment
-SUFFIXES = (".py", ".pyi", ".h", ".rst", ".md", ".txt")
+SUFFIXES = frozenset((".py", ".pyi", ".h", ".rst", ".md", ".txt", ".js", ".html"))
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
@@ -35,7 +36,7 @@ def main() -> None:
     """Make the corpus, run each way, print a table of ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True, help="a tokenizer.json of GPT-2's kind")
-    parser.add_argument("--text", type=Path, nargs="+", help="files, each a document (default: installed sources)")
+    parser.add_argument("--text", type=Path, nargs="+", help="files, or folders of them (default: installed sources)")
     parser.add_argument("--megabytes", type=int, default=250)
     parser.add_argument("--copies", type=int, default=1, help="repeat the text so often, to see past the start")
     parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS))
@@ -48,7 +49,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=".") as folder:
         corpus = Path(folder) / "corpus.jsonl"
-        size = make_corpus(corpus, arguments.text or installed_sources(), arguments.megabytes * 10**6)
+        size = make_corpus(corpus, texts_in(arguments.text or installed()), arguments.megabytes * 10**6)
         size *= arguments.copies
         corpus.write_bytes(corpus.read_bytes() * arguments.copies)
         print(f"{size / 1e6:,.0f} MB of text in {corpus.stat().st_size / 1e6:,.0f} MB of JSONL, {os.cpu_count()} cores")
@@ -57,17 +58,24 @@ def main() -> None:
             ours = 0.0
             for name in arguments.only:
                 output = Path(folder) / f"{WAYS[name].__name__}-{workers}"
-                seconds, tokens, peak = measure(name, corpus, arguments.tokenizer, workers, output)
-                rate = size / 1e6 / seconds
+                seconds, tokens, encoded, peak = measure(name, corpus, arguments.tokenizer, workers, output)
+                rate = (encoded or size) / 1e6 / seconds
                 ours = ours or rate
                 speed = f"{seconds:>9.1f}{rate:>8.1f}{tokens / 1e6 / seconds:>8.2f}"
                 print(f"{name:<26}{workers:>8}{speed}{peak / 2**20:>9,.0f}{rate / ours:>9.3f}", flush=True)
 
 
-def installed_sources() -> list[Path]:
+def installed() -> list[Path]:
     """Text that every machine with this project has: what is installed with it."""
-    folders = sorted({sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")})
-    return [path for folder in folders for suffix in SUFFIXES for path in sorted(Path(folder).rglob(f"*{suffix}"))]
+    return sorted({Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))})
+
+
+def texts_in(paths: list[Path]) -> list[Path]:
+    """The files among `paths`, and those below the folders that by their names are text."""
+    found = [path for path in paths if path.is_file()]
+    for folder in paths:
+        found += [path for path in sorted(folder.rglob("*")) if path.suffix in SUFFIXES and path.is_file()]
+    return found
 
 
 def make_corpus(path: Path, texts: list[Path], size: int) -> int:
@@ -86,8 +94,11 @@ def make_corpus(path: Path, texts: list[Path], size: int) -> int:
     return written
 
 
-def measure(name: str, corpus: Path, tokenizer: str, workers: int, output: Path) -> tuple[float, int, int]:
-    """Seconds (as the way itself reports them, or of its whole process), tokens, peak memory of the process tree."""
+def measure(name: str, corpus: Path, tokenizer: str, workers: int, output: Path) -> tuple[float, int, int, int]:
+    """Seconds, tokens, bytes of text (0: all of it), peak memory of the process tree.
+
+    The seconds are those that the way itself reports, or those of its whole process.
+    """
     command = [sys.executable, "-m", "benchmarks.prepare", "--tokenizer", tokenizer]
     command += ["--way", name, str(corpus), str(workers), str(output)]
     threads = {"RAYON_NUM_THREADS": str(workers), "TOKENIZERS_PARALLELISM": "true"}
@@ -102,7 +113,7 @@ def measure(name: str, corpus: Path, tokenizer: str, workers: int, output: Path)
     assert process.stdout is not None, "it was piped"
     assert process.returncode == 0, f"{name} failed"
     report = json.loads(process.stdout.read().splitlines()[-1])
-    return report.get("seconds", seconds), report["tokens"], peak
+    return report.get("seconds", seconds), report["tokens"], report.get("bytes", 0), peak
 
 
 def tree_memory(pid: int) -> int:
@@ -118,9 +129,9 @@ def tree_memory(pid: int) -> int:
     return total
 
 
-def report(tokens: int, seconds: float | None = None) -> None:
-    """What a way tells the process that measures it."""
-    print(json.dumps({"tokens": tokens} | ({"seconds": seconds} if seconds else {})))
+def report(tokens: int, **more: float) -> None:
+    """What a way tells the process that measures it: also seconds and bytes, where these are not of all it did."""
+    print(json.dumps({"tokens": tokens, **more}))
 
 
 def ours(corpus: Path, tokenizer: str, workers: int, output: Path) -> None:
@@ -178,14 +189,19 @@ def texts_of(corpus: Path) -> list[str]:
 
 
 def tokenizers_only(corpus: Path, tokenizer: str, workers: int, output: Path) -> None:
-    """Encode only, with `tokenizers`."""
+    """Encode only, with `tokenizers`: for a minute, which tells its rate."""
     from tokenizers import Tokenizer
 
     loaded, texts = Tokenizer.from_file(tokenizer), texts_of(corpus)
-    began, tokens = time.perf_counter(), 0
+    began, tokens, encoded, seconds = time.perf_counter(), 0, 0, 0.0
     for start in range(0, len(texts), 1000):
-        tokens += sum(len(e) for e in loaded.encode_batch_fast(texts[start : start + 1000], add_special_tokens=False))
-    report(tokens, time.perf_counter() - began)
+        batch = texts[start : start + 1000]
+        tokens += sum(len(e) for e in loaded.encode_batch_fast(batch, add_special_tokens=False))
+        encoded += sum(len(text.encode()) for text in batch)
+        seconds = time.perf_counter() - began
+        if seconds > SLOW_WAY_SECONDS:
+            break
+    report(tokens, seconds=seconds, bytes=encoded)
 
 
 def gigatoken_only(corpus: Path, tokenizer: str, workers: int, output: Path) -> None:
@@ -199,7 +215,7 @@ def gigatoken_only(corpus: Path, tokenizer: str, workers: int, output: Path) -> 
     for start in range(0, len(texts), 1000):
         found = loaded.encode_batch(texts[start : start + 1000], parallel=workers > 1)
         tokens += len(found.layout.content.data)
-    report(tokens, time.perf_counter() - began)
+    report(tokens, seconds=time.perf_counter() - began)
 
 
 WAYS: dict[str, Callable[[Path, str, int, Path], None]] = {
