@@ -27,7 +27,7 @@ import psutil
 
 EOS = "<|endoftext|>"
 SLOW_WAY_SECONDS = 60.0
-POLL_SECONDS = 0.2  # to look stops the process for a moment
+POLL_SECONDS = 0.5  # to look stops the process for a moment
 SUFFIXES = frozenset((".py", ".pyi", ".h", ".rst", ".md", ".txt", ".js", ".html"))
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -95,25 +95,20 @@ def make_corpus(path: Path, texts: list[Path], size: int) -> int:
 
 
 def measure(name: str, corpus: Path, tokenizer: str, workers: int, output: Path) -> tuple[float, int, int, int]:
-    """Seconds, tokens, bytes of text (0: all of it), peak memory of the process tree.
-
-    The seconds are those that the way itself reports, or those of its whole process.
-    """
+    """Seconds as the way reports them, tokens, bytes of text (0: all of it), peak memory of the process tree."""
     command = [sys.executable, "-m", "benchmarks.prepare", "--tokenizer", tokenizer]
     command += ["--way", name, str(corpus), str(workers), str(output)]
     threads = {"RAYON_NUM_THREADS": str(workers), "TOKENIZERS_PARALLELISM": "true"}
     environment = {**os.environ, **threads, "HF_DATASETS_CACHE": f"{output}.cache"}
-    began = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     peak = 0
     while process.poll() is None:
         peak = max(peak, tree_memory(process.pid))
         time.sleep(POLL_SECONDS)
-    seconds = time.perf_counter() - began
     assert process.stdout is not None, "it was piped"
     assert process.returncode == 0, f"{name} failed"
     report = json.loads(process.stdout.read().splitlines()[-1])
-    return report.get("seconds", seconds), report["tokens"], report.get("bytes", 0), peak
+    return report["seconds"], report["tokens"], report["bytes"], peak
 
 
 def tree_memory(pid: int) -> int:
@@ -129,21 +124,24 @@ def tree_memory(pid: int) -> int:
     return total
 
 
-def report(tokens: int, **more: float) -> None:
-    """What a way tells the process that measures it: also seconds and bytes, where these are not of all it did."""
-    print(json.dumps({"tokens": tokens, **more}))
+def report(tokens: int, *, seconds: float, encoded: int = 0) -> None:
+    """What a way tells the process that measures it; `encoded`: bytes of text, where that was not all."""
+    print(json.dumps({"tokens": tokens, "seconds": seconds, "bytes": encoded}))
 
 
 def ours(corpus: Path, tokenizer: str, workers: int, output: Path) -> None:
     """data_prep.py as a user runs it, the start of Python included."""
     command = [sys.executable, "data_prep.py", str(corpus), "--output", str(output), "--tokenizer", tokenizer]
+    began = time.perf_counter()
     subprocess.run([*command, "--workers", str(workers)], check=True, stdout=subprocess.DEVNULL)
+    seconds = time.perf_counter() - began
     manifest = json.loads((output / "manifest.json").read_text())
-    report(sum(shard["tokens"] for shards in manifest["splits"].values() for shard in shards))
+    report(sum(shard["tokens"] for shards in manifest["splits"].values() for shard in shards), seconds=seconds)
 
 
 def datasets_map(corpus: Path, tokenizer: str, workers: int, output: Path) -> None:
     """`datasets.map` with tiktoken, then a memory-mapped file written in batches, as nanoGPT prepares OpenWebText."""
+    began = time.perf_counter()
     import datasets
 
     encoding = gpt2_of_tiktoken(tokenizer)
@@ -164,7 +162,7 @@ def datasets_map(corpus: Path, tokenizer: str, workers: int, output: Path) -> No
         out[place : place + len(ids)] = ids
         place += len(ids)
     out.flush()
-    report(total)
+    report(total, seconds=time.perf_counter() - began)
 
 
 def gpt2_of_tiktoken(tokenizer: str) -> object:
@@ -201,7 +199,7 @@ def tokenizers_only(corpus: Path, tokenizer: str, workers: int, output: Path) ->
         seconds = time.perf_counter() - began
         if seconds > SLOW_WAY_SECONDS:
             break
-    report(tokens, seconds=seconds, bytes=encoded)
+    report(tokens, seconds=seconds, encoded=encoded)
 
 
 def gigatoken_only(corpus: Path, tokenizer: str, workers: int, output: Path) -> None:
