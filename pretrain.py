@@ -8,7 +8,7 @@
 In: a config and a dataset folder of data_prep.py. Out: a run folder with checkpoints, metrics.jsonl and
 curves.png. Exit code 0: done; 2: a mistake to mend, told in one message; 75: stopped by a signal or by
 train.max_minutes, saved; 124: ended by its watch, no progress or another rank failed. Under torchrun a stopped rank
-exits with 0; `python -m pipeline.train.status RUN` tells what became of a run.
+exits with 0; `python -m pipeline.status RUN` tells what became of a run.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from pipeline.config import Config
 from pipeline.data.loading.loader import Loader, Prefetcher
 from pipeline.data.loading.sources import TrainingData, ValidationSet, open_sources
 from pipeline.errors import UserError
-from pipeline.train.announce import announce
-from pipeline.train.checkpoint import resolve_checkpoint, restore_weights
-from pipeline.train.job import Job, run_job
 from pipeline.train.meeting import meet
-from pipeline.train.metrics import meter_of
 from pipeline.train.micro_batch import with_micro_batch
 from pipeline.train.optim import build_optimizer, learning_rate
 from pipeline.train.parallel import Parallel, parallelise
-from pipeline.train.rehearsal import rehearse
-from pipeline.train.run import Run, evaluation_line
+from pipeline.train.processes.job import Job, run_job
+from pipeline.train.reporting.announce import announce
+from pipeline.train.reporting.metrics import meter_of
+from pipeline.train.running.rehearsal import rehearse
+from pipeline.train.running.run import Run, evaluation_line
 from pipeline.train.runtime import Runtime
+from pipeline.train.saving.checkpoint import resolve_checkpoint, restore_weights
 from pipeline.train.state import TrainState
 from pipeline.train.step import Trainer, evaluate
 

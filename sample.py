@@ -25,8 +25,8 @@ from pipeline.generate.decode import Options, to_bf16
 from pipeline.generate.text import Piece, finished, write
 from pipeline.model.hf import hf_eos_ids, is_hf_folder, load_hf
 from pipeline.model.transformer import Decoder
-from pipeline.train.checkpoint import load_model, read_state, resolve_checkpoint
-from pipeline.train.storage import read_bytes
+from pipeline.train.saving.checkpoint import load_model, read_state, resolve_checkpoint
+from pipeline.train.saving.storage import read_bytes
 
 Texts = Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction]
 

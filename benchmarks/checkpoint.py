@@ -30,11 +30,11 @@ from rich.console import Console
 from pipeline.config import Config, ModelConfig
 from pipeline.model.transformer import Decoder
 from pipeline.ramp import Ramp
-from pipeline.train.checkpoint import list_checkpoints, load_model, optimizer_tensors, restore
 from pipeline.train.parallel import parallelise
 from pipeline.train.runtime import Runtime
+from pipeline.train.saving.checkpoint import list_checkpoints, load_model, optimizer_tensors, restore
+from pipeline.train.saving.store import CheckpointStore
 from pipeline.train.state import BatchSizes, TrainState
-from pipeline.train.store import CheckpointStore
 
 N_TOKENS = 50_257
 

@@ -22,7 +22,7 @@ import psutil
 
 from pipeline.cli import read_command
 from pipeline.errors import EXIT_STOPPED, UserError, run_command
-from pipeline.train.status import NAME, Status, read_status
+from pipeline.status import NAME, Status, read_status
 
 SCRIPT = "pretrain.py"
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)

@@ -2,13 +2,14 @@
 
 In: any exception. Out: exit code 0 (done), 1 (done in part: `Unfinished`, one message, or ours to mend: a traceback),
 2 (the user's to mend, one message), 75 (asked to stop, can be continued: `StoppedEarly`), 130 (Ctrl-C, in commands that
-have nothing to save: training makes it 75). Training has one more: 124, ended by its watch (`train/pulse.py`) because
-there was no progress or another rank failed. Under torchrun a rank that was asked to stop exits with 0, for torchrun
-would start it again; torchrun itself exits with 1 for whatever its ranks fail with.
+have nothing to save: training makes it 75). Training has one more: 124, ended by its watch (`processes/pulse.py`)
+because there was no progress or another rank failed. Under torchrun a rank that was asked to stop exits with 0, for
+torchrun would start it again; torchrun itself exits with 1 for whatever its ranks fail with.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
@@ -41,6 +42,14 @@ def nearest(word: str, candidates: Iterable[str], *, cutoff: float = 0.5) -> str
 def counted(number: int, noun: str) -> str:
     """`1 file`, `2 files`, `3,000 files`."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def sized(count: float) -> str:
+    """Bytes as people say them: `512 bytes`, `12.0 kB`, `3.2 MB`, `120.0 GB`; a kB is a thousand of them."""
+    if count < 1000:
+        return counted(round(count), "byte")
+    power = min(int(math.log10(count)) // 3, 4)
+    return f"{count / 1000**power:,.1f} {'kMGT'[power - 1]}B"
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -25,7 +25,7 @@ from pipeline.data.loading.sources import TrainingData, open_source, open_source
 from pipeline.data.order import share
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError, counted, run_command
-from pipeline.train.checkpoint import checkpoint_folder, list_checkpoints, read_state
+from pipeline.train.saving.checkpoint import checkpoint_folder, list_checkpoints, read_state
 from pipeline.train.state import BatchSizes, rows_of_step
 
 SHOWN_TOKENS, SHOWN_CHARACTERS = 48, 100  # of the text of each document

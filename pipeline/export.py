@@ -17,8 +17,8 @@ import tyro
 
 from pipeline.errors import run_command
 from pipeline.model.hf import save_hf
-from pipeline.train.checkpoint import load_model, read_state, resolve_checkpoint
-from pipeline.train.storage import read_bytes
+from pipeline.train.saving.checkpoint import load_model, read_state, resolve_checkpoint
+from pipeline.train.saving.storage import read_bytes
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 import pretrain
 from pipeline.data.preparing.prepare import prepare
 from pipeline.data.preparing.request import Request
-from pipeline.train.job import Job, run_job
+from pipeline.train.processes.job import Job, run_job
 
 WORDS = ("the", "a", "of", "to", "and", "in", "that", "it", "is", "was", "he", "for", "on", "are", "as", "with", "his")
 

@@ -23,7 +23,9 @@ from pipeline.data.loading.blend import Phase, PhaseSource
 from pipeline.errors import UserError
 from pipeline.model.transformer import Decoder, build_model, initialise
 from pipeline.ramp import Ramp
-from pipeline.train.checkpoint import (
+from pipeline.train.optim import build_optimizer
+from pipeline.train.runtime import Runtime
+from pipeline.train.saving.checkpoint import (
     checkpoint_folder,
     list_checkpoints,
     load_model,
@@ -34,12 +36,10 @@ from pipeline.train.checkpoint import (
     restore,
     verify,
 )
-from pipeline.train.optim import build_optimizer
-from pipeline.train.pieces import write_stream
-from pipeline.train.runtime import Runtime
+from pipeline.train.saving.pieces import write_stream
+from pipeline.train.saving.storage import LocalShelf, entries, locate, read_bytes, write_bytes
+from pipeline.train.saving.store import CheckpointStore, DiskNeeds
 from pipeline.train.state import BatchSizes, TrainState
-from pipeline.train.storage import LocalShelf, entries, locate, read_bytes, write_bytes
-from pipeline.train.store import CheckpointStore, DiskNeeds
 
 SETTINGS = {
     "model": {"n_layers": 2, "n_heads": 2, "d_model": 16, "context_length": 8},
@@ -204,9 +204,11 @@ def test_weights_that_are_not_finite_are_not_saved(store: CheckpointStore, value
 def test_too_little_space_is_seen_before_writing(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer = trained(store.config)
     save(store, state_at(3), model=model, optimizer=optimizer)
-    monkeypatch.setattr("pipeline.train.storage.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-    monkeypatch.setattr("pipeline.train.flush.write_stream", None)
-    with pytest.raises(UserError, match=r"0\.0 MB free\n  the last intact checkpoint is .*step-00000003"):
+    monkeypatch.setattr(
+        "pipeline.train.saving.storage.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})
+    )
+    monkeypatch.setattr("pipeline.train.saving.flush.write_stream", None)
+    with pytest.raises(UserError, match=r"1\.0 kB free\n  the last intact checkpoint is .*step-00000003"):
         save(store, state_at(4), model=model, optimizer=optimizer)
     assert names_in(store) == ["step-00000003"]
 
@@ -237,7 +239,7 @@ def test_a_bug_in_the_background_is_told_with_its_traceback(
     def broken(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("pipeline.train.flush.write_stream", broken)
+    monkeypatch.setattr("pipeline.train.saving.flush.write_stream", broken)
     with pytest.raises(RuntimeError, match="step-00000003 could not be written") as raised:
         save(store, state_at(3), model=model, optimizer=optimizer)
     cause = raised.value.__cause__
@@ -284,7 +286,7 @@ def test_what_does_not_read_back_is_not_a_checkpoint(store: CheckpointStore, mon
         stream.write(b"?")
         return about
 
-    monkeypatch.setattr("pipeline.train.flush.write_stream", write_badly)
+    monkeypatch.setattr("pipeline.train.saving.flush.write_stream", write_badly)
     with pytest.raises(UserError, match="does not read back"):
         save(store, state_at(3), model=model, optimizer=optimizer)
     assert names_in(store) == []
@@ -292,7 +294,7 @@ def test_what_does_not_read_back_is_not_a_checkpoint(store: CheckpointStore, mon
 
 def test_a_file_that_another_rank_lost_is_missed(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer = trained(store.config)
-    monkeypatch.setattr("pipeline.train.flush.size_of", lambda file: 7)
+    monkeypatch.setattr("pipeline.train.saving.flush.size_of", lambda file: 7)
     with pytest.raises(UserError, match=r"00001-of-00001\.safetensors has 7 bytes instead of"):
         save(store, state_at(3), model=model, optimizer=optimizer)
     assert names_in(store) == []
@@ -343,7 +345,7 @@ def test_saved_is_said_only_of_what_is_saved(
     assert list_checkpoints(tmp_path)[0].name == "step-00000003"
     assert capsys.readouterr().out.count("saved /") == 1
     store.finish()
-    assert "step-00000004: 0.1 MB in" in capsys.readouterr().out
+    assert "step-00000004: 92.9 kB in" in capsys.readouterr().out
 
 
 def test_a_failure_is_raised_by_the_next_poll(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

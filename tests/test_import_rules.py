@@ -20,6 +20,7 @@ FLOORS = {
     "cli": 0,
     "files": 0,
     "locks": 0,
+    "status": 0,
     "data": 1,
     "model": 1,
     "train": 2,
@@ -27,24 +28,30 @@ FLOORS = {
     "export": 3,
     "explain": 3,
 }
-DATA_FLOORS = {"": 0, "reading": 1, "exchange": 1, "loading": 2, "deleting": 2, "preparing": 3}  # "": data itself
+ROOMS = {  # "": what lies beside the rooms
+    "data": {"": 0, "reading": 1, "exchange": 1, "loading": 2, "deleting": 2, "preparing": 3},
+    "train": {"processes": 0, "": 1, "saving": 2, "reporting": 3, "running": 4},
+}
 MAY_TORCH = {"loader", "objectives"}  # of the data room
 DOORS = {
-    "accelerate": {"train/runtime.py", "train/trackers.py"},
+    "accelerate": {"train/runtime.py", "train/reporting/trackers.py"},
     "distributed": {"data/preparing/executors.py"},
     "datasets": {"data/reading/hub.py"},
     "tokenizers": {"data/tokenizer.py"},
     "gigatoken": {"data/preparing/encoder.py"},
     "huggingface_hub": {"data/reading/hub.py", "data/tokenizer_files.py"},
-    "fsspec": {"train/storage.py"},
+    "fsspec": {"train/saving/storage.py"},
     "tiktoken": set(),
     "wandb": set(),
     "tensorboard": set(),
-    "matplotlib": {"train/curves.py"},
+    "matplotlib": {"train/reporting/curves.py"},
     "transformers": set(),
     "pickle": set(),
 }
-ENVIRONMENT = {"train/launched.py", "data/preparing/executors.py"}  # executors sets the thread count of its own workers
+ENVIRONMENT = {
+    "train/processes/launched.py",
+    "data/preparing/executors.py",  # sets the thread count of its own workers
+}
 
 
 def modules() -> list[Path]:
@@ -66,9 +73,9 @@ def room(module: str) -> str:
     return module.split(".")[1]
 
 
-def data_room(parts: list[str]) -> str:
-    """The room within data of `pipeline.data.ROOM.module`, "" for what lies beside the rooms."""
-    return parts[2] if len(parts) > 2 and parts[2] in DATA_FLOORS else ""
+def inner_room(parts: list[str]) -> str:
+    """The room within data or train of `pipeline.data.ROOM.module`, "" for what lies beside the rooms."""
+    return parts[2] if len(parts) > 2 and parts[2] in ROOMS[parts[1]] else ""
 
 
 def faults_of(path: str, source: str) -> list[str]:
@@ -82,10 +89,10 @@ def faults_of(path: str, source: str) -> list[str]:
             other = room(name)
             if FLOORS[other] > FLOORS[own] or (FLOORS[other] == FLOORS[own] > 0 and other != own):
                 found.append(f"{path} must not import {name}")
-            if own == other == "data":
-                mine, its = data_room(["pipeline", *path.split("/")]), data_room(name.split("."))
-                neighbours = DATA_FLOORS[mine] == DATA_FLOORS[its] and mine != its
-                if DATA_FLOORS[its] > DATA_FLOORS[mine] or neighbours:
+            if own == other and own in ROOMS:
+                mine, its = inner_room(["pipeline", *path.split("/")]), inner_room(name.split("."))
+                floors = ROOMS[own]
+                if floors[its] > floors[mine] or (floors[its] == floors[mine] and mine != its):
                     found.append(f"{path} must not import {name}")
         package = name.split(".")[0]
         if package in DOORS and path not in DOORS[package]:
@@ -123,6 +130,9 @@ def test_module_keeps_the_rules(path: Path) -> None:
         ("data/reading/plan.py", "from pipeline.data.exchange.foreign import open_foreign"),
         ("data/loading/rows.py", "from pipeline.data.preparing.unit import prepare_unit"),
         ("generate/decode.py", "from pipeline.train.runtime import Runtime"),
+        ("train/processes/job.py", "from pipeline.train.runtime import Runtime"),
+        ("train/step.py", "from pipeline.train.saving.store import CheckpointStore"),
+        ("train/saving/store.py", "from pipeline.train.running.run import Run"),
         ("data/shards.py", "import torch"),
         ("data/preparing/prepare.py", "from torch import nn"),
         ("train/step.py", "from accelerate import Accelerator"),

@@ -23,7 +23,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from launch.ranks import exit_code
 from pipeline.data.dataset import open_dataset
 from pipeline.errors import EXIT_STOPPED, EXIT_USER_ERROR
-from pipeline.train.status import Status, read_status
+from pipeline.status import Status, read_status
 from tests.support import end_tree, record, run_ranks, tiny_settings, write_config
 
 ROOT = Path(__file__).parents[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.train.launched import Launch, _prepare, first_host, launch_of, tasks_per_node
+from pipeline.train.processes.launched import Launch, _prepare, first_host, launch_of, tasks_per_node
 
 TORCHRUN = {
     "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2",

@@ -14,8 +14,8 @@ from rich.console import Console
 
 from pipeline.config import Config
 from pipeline.errors import UserError
-from pipeline.train.launched import Launch
 from pipeline.train.meeting import _flat, _numbers, confer, table
+from pipeline.train.processes.launched import Launch
 
 FACTS = {"torch": "2.13", "code": "abc", "data": "d1", "train.steps": "12"}
 

@@ -11,10 +11,10 @@ import torch
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.ramp import Ramp
-from pipeline.train.curves import draw_curves
-from pipeline.train.metrics import PEAK_TFLOPS, ConsoleLine, Meter, Record, device_peak_flops, read_record
+from pipeline.train.reporting.curves import draw_curves
+from pipeline.train.reporting.metrics import PEAK_TFLOPS, ConsoleLine, Meter, Record, device_peak_flops, read_record
+from pipeline.train.reporting.trackers import Trackers
 from pipeline.train.runtime import Runtime, SteadyConsole
-from pipeline.train.trackers import Trackers
 from tests.support import run_pretrain, tiny_settings, write_config
 
 
@@ -217,7 +217,7 @@ def test_a_failing_tracker_is_said_once_and_the_others_go_on(
 def test_a_tracker_that_is_not_installed_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.train.trackers.filter_trackers", lambda names, folder: [])
+    monkeypatch.setattr("pipeline.train.reporting.trackers.filter_trackers", lambda names, folder: [])
     config = Config.model_validate({"run_dir": str(tmp_path), "log": {"trackers": ["tensorboard"]}})
     accelerator: Any = FakeAccelerator()
     console = SteadyConsole(highlight=False, soft_wrap=True)

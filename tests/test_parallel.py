@@ -84,7 +84,7 @@ def test_the_reason_holds_both_numbers() -> None:
     assert "18" in chosen(settings(), memory=80 * 10**9, world=8, local=8)[1]  # 16 bytes a parameter, and 2 of bf16
     strategy, why = chosen(settings(), memory=16 * 10**9, world=16, local=8)
     assert strategy == "hsdp"
-    assert "a replica needs about 18 GB, more than 90% of the 16 GB of one rank; sharded over a node about " in why
+    assert "a replica needs about 18.0 GB, more than 90% of the 16.0 GB of one rank; sharded over a node about " in why
     assert "micro_batch" in chosen(settings(), memory=10**9, world=8, local=8)[1]
 
 

@@ -16,8 +16,8 @@ import xxhash
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.train import pieces as module
-from pipeline.train.pieces import (
+from pipeline.train.saving import pieces as module
+from pipeline.train.saving.pieces import (
     Piece,
     check_fit,
     chunk,

@@ -619,7 +619,7 @@ def test_a_dry_run_estimates_and_writes_nothing(corpus: Path) -> None:
 def test_a_disk_that_will_not_do_is_refused_before_the_work(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(corpus)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
-    with pytest.raises(UserError, match=r"has 0.0 MB free, the dataset needs about 0.* MB more; make room"):
+    with pytest.raises(UserError, match=r"has 10 bytes free, the dataset needs about [0-9.]+ kB more; make room"):
         run(request(corpus))
     assert not list((corpus.parent / "out").glob("train-*"))
 
@@ -855,7 +855,7 @@ def test_a_dry_run_says_of_the_output_what_a_run_would(corpus: Path, monkeypatch
 def test_a_dry_run_refuses_a_disk_that_will_not_do(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(corpus)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
-    with pytest.raises(UserError, match=r"has 0.0 MB free, the dataset needs about 0.* MB more; make room"):
+    with pytest.raises(UserError, match=r"has 10\.0 kB free, the dataset needs about [0-9.]+ kB more; make room"):
         rehearsed(request(corpus, tokenizer="bytes"))
 
 

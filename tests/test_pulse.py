@@ -15,10 +15,10 @@ import pytest
 import torch.distributed as dist
 
 from pipeline.errors import StoppedEarly, UserError
-from pipeline.train import job as job_module
-from pipeline.train.job import Job, run_job
-from pipeline.train.launched import Launch
-from pipeline.train.pulse import Ending, Pulse, is_consequence
+from pipeline.train.processes import job as job_module
+from pipeline.train.processes.job import Job, run_job
+from pipeline.train.processes.launched import Launch
+from pipeline.train.processes.pulse import Ending, Pulse, is_consequence
 from tests.support import FORKS, _print_into
 
 pytestmark = pytest.mark.slow

@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from pipeline.config import Config
 from pipeline.errors import UserError
-from pipeline.train.job import Job
-from pipeline.train.launched import Launch
+from pipeline.train.processes.job import Job
+from pipeline.train.processes.launched import Launch
 from pipeline.train.runtime import GARBAGE_STEPS, LONG_STEP, Runtime
 from tests.support import tiny_settings
 

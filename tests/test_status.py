@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.train.status import Status, read_status, write_status
+from pipeline.status import Status, read_status, write_status
 
 
 def ask(folder: Path) -> tuple[int, str]:
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline.train.status", str(folder)], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "pipeline.status", str(folder)], capture_output=True, text=True, check=False
     )
     return done.returncode, done.stdout + done.stderr
 
@@ -36,6 +36,6 @@ def test_no_status_or_a_torn_one_is_said(tmp_path: Path) -> None:
 
 
 def test_asking_loads_no_torch() -> None:
-    probe = "import sys, pipeline.train.status; print('torch' in sys.modules)"
+    probe = "import sys, pipeline.status; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

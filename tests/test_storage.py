@@ -10,8 +10,8 @@ import pytest
 import xxhash
 
 from pipeline.errors import UserError
-from pipeline.train import storage
-from pipeline.train.storage import (
+from pipeline.train.saving import storage
+from pipeline.train.saving.storage import (
     DAMAGED_MANIFEST,
     MANIFEST,
     Location,

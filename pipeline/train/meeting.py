@@ -19,7 +19,7 @@ from rich.table import Table
 
 from pipeline.config import Config, resolved
 from pipeline.errors import UserError
-from pipeline.train.launched import Launch
+from pipeline.train.processes.launched import Launch
 from pipeline.train.runtime import Runtime, git_commit
 
 LIMIT = 60.0  # seconds in which all have to speak

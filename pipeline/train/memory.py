@@ -15,11 +15,6 @@ from pipeline.model.transformer import build_model, count_parameters
 from pipeline.train.runtime import Runtime
 
 
-def gigabytes(count: float) -> str:
-    """Bytes in words."""
-    return f"{count / 1e9:,.2f} GB" if count < 1e10 else f"{count / 1e9:,.0f} GB"
-
-
 def model_sizes(config: ModelConfig, *, n_tokens: int) -> tuple[int, int]:
     """Parameters of the whole model, and of its largest part that FSDP gathers at once: a block, or all else."""
     with torch.device("meta"):

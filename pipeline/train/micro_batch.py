@@ -19,8 +19,8 @@ from pipeline.config import Config
 from pipeline.data.loading.blend import Phase
 from pipeline.data.loading.loader import Loader
 from pipeline.data.loading.sources import TrainingData
-from pipeline.errors import UserError
-from pipeline.train.memory import activation_bytes, available_memory, gigabytes
+from pipeline.errors import UserError, sized
+from pipeline.train.memory import activation_bytes, available_memory
 from pipeline.train.parallel import Parallel, held_rows
 from pipeline.train.runtime import Runtime
 
@@ -70,8 +70,8 @@ def find_micro_batch(
         found = largest(fits, most=trial.most)
     if found == 0:
         raise UserError(
-            f"train.micro_batch auto: one sequence of {config.model.context_length} tokens takes {gigabytes(one)}, but "
-            f"{gigabytes(max(room, 0))} are free for it on rank {runtime.rank}; use train.activation_checkpointing "
+            f"train.micro_batch auto: one sequence of {config.model.context_length} tokens takes {sized(one)}, but "
+            f"{sized(max(room, 0))} are free for it on rank {runtime.rank}; use train.activation_checkpointing "
             "full, parallel.strategy fsdp or a shorter model.context_length"
         )
     return evened(found, most=trial.most)

@@ -37,10 +37,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from pipeline.config import Config, ParallelConfig
-from pipeline.errors import UserError
+from pipeline.errors import UserError, sized
 from pipeline.model.layers import Sight
 from pipeline.model.transformer import Block, Decoder, build_model, initialise
-from pipeline.train.memory import bytes_needed, device_memory, gigabytes, model_sizes
+from pipeline.train.memory import bytes_needed, device_memory, model_sizes
 from pipeline.train.runtime import Runtime
 
 Strategy = Literal["single", "ddp", "fsdp", "hsdp"]
@@ -124,17 +124,17 @@ def choose(
         return "ddp", "the memory of the device is not known"
     need = partial(bytes_needed, config, parameters=parameters, largest=largest, n_tokens=n_tokens, precision=precision)
     limit, whole = FITS * memory, need(shards=1)
-    of = f"of the {gigabytes(memory)} of one rank"
+    of = f"of the {sized(memory)} of one rank"
     if whole <= limit:
-        return "ddp", f"a replica needs about {gigabytes(whole)} {of}"
+        return "ddp", f"a replica needs about {sized(whole)} {of}"
     nodes, uneven = divmod(world_size, local_world_size)
     node = need(shards=config.parallel.shard_ranks or local_world_size)
-    why = f"a replica needs about {gigabytes(whole)}, more than {FITS:.0%} {of}"
+    why = f"a replica needs about {sized(whole)}, more than {FITS:.0%} {of}"
     if nodes > 1 and not uneven and local_world_size > 1 and node <= limit:
-        return "hsdp", f"{why}; sharded over a node about {gigabytes(node)}"
+        return "hsdp", f"{why}; sharded over a node about {sized(node)}"
     shared = need(shards=world_size)
     tight = "" if shared <= limit else ": try train.activation_checkpointing full or a smaller train.micro_batch"
-    return "fsdp", f"{why}; sharded over {world_size} ranks about {gigabytes(shared)}{tight}"
+    return "fsdp", f"{why}; sharded over {world_size} ranks about {sized(shared)}{tight}"
 
 
 def _shard_ranks(config: ParallelConfig, *, world_size: int, local_world_size: int) -> int:

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from pipeline.config import Config, TrainConfig
 from pipeline.errors import UserError
-from pipeline.train.job import Job
-from pipeline.train.launched import prepare_libraries
-from pipeline.train.pulse import PATIENCE, Pulse
+from pipeline.train.processes.job import Job
+from pipeline.train.processes.launched import prepare_libraries
+from pipeline.train.processes.pulse import PATIENCE, Pulse
 
 GARBAGE_STEPS = 100  # steps between collections
 LONG_STEP = 20.0  # seconds: with its checkpoint such a step hardly fits into the 30 s that torchrun leaves

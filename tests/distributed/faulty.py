@@ -20,13 +20,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import pipeline.train.pulse as pulse_module
+import pipeline.train.processes.pulse as pulse_module
 import pretrain
 from pipeline.data.loading.loader import Loader
-from pipeline.train.flush import Flush
-from pipeline.train.job import run_job
-from pipeline.train.pulse import Pulse
-from pipeline.train.run import Run
+from pipeline.train.processes.job import run_job
+from pipeline.train.processes.pulse import Pulse
+from pipeline.train.running.run import Run
+from pipeline.train.saving.flush import Flush
 
 Act = Callable[[], None]
 

@@ -28,11 +28,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.model.transformer import Decoder, build_model
-from pipeline.train import flush, pieces
-from pipeline.train.checkpoint import list_checkpoints, load_model, optimizer_tensors, restore, verify
 from pipeline.train.runtime import Runtime
-from pipeline.train.storage import LocalShelf
-from pipeline.train.store import CheckpointStore
+from pipeline.train.saving import flush, pieces
+from pipeline.train.saving.checkpoint import list_checkpoints, load_model, optimizer_tensors, restore, verify
+from pipeline.train.saving.storage import LocalShelf
+from pipeline.train.saving.store import CheckpointStore
 from tests.support import FORKS
 from tests.test_checkpoint import state_at
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.train.checkpoint import list_checkpoints, load_model
+from pipeline.train.saving.checkpoint import list_checkpoints, load_model
 from tests.support import record, run_pretrain, tiny_settings, write_config
 
 ROOT = Path(__file__).parent.parent.parent

@@ -17,9 +17,9 @@ import pytest
 import pretrain
 from pipeline.cli import load_config
 from pipeline.data.loading.sources import open_sources
-from pipeline.train.checkpoint import list_checkpoints
-from pipeline.train.job import Job
+from pipeline.train.processes.job import Job
 from pipeline.train.runtime import Runtime
+from pipeline.train.saving.checkpoint import list_checkpoints
 from tests.support import make_dataset, record, run_ranks, tiny_settings, write_config
 
 pytestmark = pytest.mark.slow

@@ -34,12 +34,12 @@ from pipeline.data.loading.sources import TrainingData, open_sources
 from pipeline.errors import UserError
 from pipeline.model.transformer import build_model, initialise
 from pipeline.train import parallel as strategies
-from pipeline.train.job import Job
-from pipeline.train.launched import read_launch
 from pipeline.train.memory import activation_bytes
 from pipeline.train.micro_batch import FILLED, find_micro_batch
 from pipeline.train.optim import build_optimizer
 from pipeline.train.parallel import Parallel, held_rows, parallelise
+from pipeline.train.processes.job import Job
+from pipeline.train.processes.launched import read_launch
 from pipeline.train.runtime import Runtime
 from pipeline.train.step import Evaluation, Trainer, evaluate
 from tests.support import FORKS

@@ -14,7 +14,7 @@ from rich.console import Console
 from pipeline.data.preparing.prepare import prepare
 from pipeline.data.preparing.request import Request
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.train.checkpoint import list_checkpoints, verify
+from pipeline.train.saving.checkpoint import list_checkpoints, verify
 from tests.support import make_dataset, record, run_pretrain, tiny_settings, write_config, write_corpus
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.train.checkpoint import list_checkpoints, read_state
+from pipeline.train.saving.checkpoint import list_checkpoints, read_state
 from pipeline.train.state import Rollback
 from pipeline.train.step import Trainer
 from tests.support import record, run_pretrain, run_ranks, tiny_settings, write_config

@@ -24,9 +24,9 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline.train.checkpoint import list_checkpoints, verify
-from pipeline.train.flush import Flush
-from pipeline.train.run import Run
+from pipeline.train.running.run import Run
+from pipeline.train.saving.checkpoint import list_checkpoints, verify
+from pipeline.train.saving.flush import Flush
 from pipeline.train.step import Trainer
 from tests.support import end_tree, make_dataset, record, run_ranks, start_ranks, tiny_settings, write_config
 

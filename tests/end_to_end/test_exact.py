@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from pipeline.train.checkpoint import list_checkpoints, verify
+from pipeline.train.saving.checkpoint import list_checkpoints, verify
 from tests.support import make_dataset, record, run_pretrain, start_pretrain, tiny_settings, write_config
 
 

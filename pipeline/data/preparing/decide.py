@@ -30,7 +30,7 @@ from pipeline.data.reading.corpus import Corpus, check_text_key, find_corpus
 from pipeline.data.reading.formats import TextRules
 from pipeline.data.reading.plan import Unit, plan_units
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer, needs_corpus
-from pipeline.errors import counted
+from pipeline.errors import counted, sized
 
 LARGE_TEXT_BYTES = 10**6
 DEFAULT_FRACTION, DEFAULT_TAIL_FRACTION = 0.005, 0.1
@@ -61,7 +61,7 @@ def _large_texts(corpus: Corpus, rules: TextRules) -> Iterator[str]:
         files = counted(len(large), "plain text")
         cut = " (over 64 MB: about 1 MB)" if sizes[name] > rules.unit_bytes else ""
         yield (
-            f"{files} of over 1 MB, such as {name} ({sizes[name] / 1e6:,.1f} MB): a text file is one document{cut}; "
+            f"{files} of over 1 MB, such as {name} ({sized(sizes[name])}): a text file is one document{cut}; "
             r"--text-separator '\n\n' cuts it at empty lines"
         )
 
@@ -119,15 +119,15 @@ def rehearse(request: Request, *, console: Console) -> None:
         outlook = f"tokens: at most {size:,}, known once {request.tokenizer} is made"
     else:
         outlook = (
-            f"tokens: about {found.tokens:,}; disk: about {found.disk_bytes / 1e6:,.1f} MB; "
+            f"tokens: about {found.tokens:,}; disk: about {sized(found.disk_bytes)}; "
             f"encoding: about {found.seconds:,.0f} s with {counted(request.workers, 'worker')}"
         )
     for line in (
-        f"{counted(len(corpus.sources), 'input')}, {counted(len(units), 'unit')}, about {size / 1e6:,.1f} MB of text",
+        f"{counted(len(corpus.sources), 'input')}, {counted(len(units), 'unit')}, about {sized(size)} of text",
         f"split: {rule.describe()}",
         f"encoder: {encoder.backend}" + (f" ({reason})" if reason else ""),
         outlook,
-        f"free on the disk: {free_bytes(request.output) / 1e6:,.1f} MB",
+        f"free on the disk: {sized(free_bytes(request.output))}",
         output,
         "nothing was written",
     ):

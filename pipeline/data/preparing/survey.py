@@ -22,7 +22,7 @@ from pipeline.data.reading.corpus import read_unit
 from pipeline.data.reading.formats import Document, Rejected, TextRules
 from pipeline.data.reading.plan import Unit
 from pipeline.data.shards import DOCUMENT_DTYPE, token_dtype
-from pipeline.errors import UserError
+from pipeline.errors import UserError, sized
 
 FEW_DOCUMENTS = 100
 """Below this, holding out whole documents by hash would leave the size of the validation split to chance."""
@@ -139,7 +139,7 @@ def refuse_small_disk(output: Path, needed: int) -> None:
     free = shutil.disk_usage(output).free
     if free < needed:
         raise UserError(
-            f"the disk of {output} has {free / 1e6:,.1f} MB free, the dataset needs about {needed / 1e6:,.1f} MB more; "
+            f"the disk of {output} has {sized(free)} free, the dataset needs about {sized(needed)} more; "
             "make room or choose another --output"
         )
 

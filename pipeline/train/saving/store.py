@@ -17,13 +17,13 @@ import yaml
 from torch import Tensor, nn
 
 from pipeline.config import Config, resolved
-from pipeline.errors import UserError
-from pipeline.train.checkpoint import all_damaged, damage_of, list_checkpoints, optimizer_tensors, verify
-from pipeline.train.flush import PARTS, Channel, Flush, HostBlocks, plan
-from pipeline.train.pieces import Piece, total_bytes
+from pipeline.errors import UserError, sized
 from pipeline.train.runtime import Runtime
+from pipeline.train.saving.checkpoint import all_damaged, damage_of, list_checkpoints, optimizer_tensors, verify
+from pipeline.train.saving.flush import PARTS, Channel, Flush, HostBlocks, plan
+from pipeline.train.saving.pieces import Piece, total_bytes
+from pipeline.train.saving.storage import Location, Shelf, is_file, step_of, write_bytes
 from pipeline.train.state import FORMAT, TrainState
-from pipeline.train.storage import Location, Shelf, is_file, step_of, write_bytes
 
 _MOMENTS = 2  # of an optimizer that has made no update: AdamW's, and none has more
 _PROBE = ".seen-by-all"
@@ -169,12 +169,12 @@ class CheckpointStore:
         if flush.ident is not None:  # it was started, not run
             with self.runtime.pulse.unhurried(f"waiting until step {flush.save.step} is saved"):
                 flush.join()
-        final, megabytes = self._shelf.final(flush.save.step), flush.save.nbytes / 1e6
+        final, size = self._shelf.final(flush.save.step), flush.save.nbytes
         if flush.failure is not None:
             raise self._explained(flush.failure, final) from flush.failure
         self.runtime.say(
-            f"saved {final}: {megabytes:,.1f} MB in {flush.seconds:.2f} s ({megabytes / flush.seconds:,.0f} MB/s); "
-            f"training waited {self._waited:.2f} s, copies take {self._host.nbytes / 1e6:,.0f} MB per rank"
+            f"saved {final}: {sized(size)} in {flush.seconds:.2f} s ({sized(size / flush.seconds)}/s); "
+            f"training waited {self._waited:.2f} s, copies take {sized(self._host.nbytes)} per rank"
         )
         if flush.warning:
             self.runtime.say(flush.warning)

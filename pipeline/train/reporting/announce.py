@@ -10,13 +10,13 @@ from pipeline.data.loading.blend import Blend
 from pipeline.data.loading.loader import Loader
 from pipeline.data.loading.rows import Concat, Plan
 from pipeline.data.loading.sources import TrainingData
-from pipeline.errors import UserError
+from pipeline.errors import UserError, sized
 from pipeline.model.transformer import count_parameters
 from pipeline.train.optim import learning_rate
 from pipeline.train.parallel import Parallel
 from pipeline.train.runtime import Runtime
+from pipeline.train.saving.store import DiskNeeds
 from pipeline.train.state import TrainState
-from pipeline.train.store import DiskNeeds
 
 
 def announce(
@@ -60,9 +60,9 @@ def _batch(config: Config, loader: Loader, runtime: Runtime) -> str:
 
 def _disk(config: Config, needs: DiskNeeds) -> str:
     """What the checkpoints take. Errors: more than there is."""
-    free = "" if needs.free is None else f", {needs.free / 1e9:,.2f} GB are free"
-    text = f"checkpoints: {needs.checkpoint / 1e9:,.3f} GB each, at most {needs.at_once} at once; "
-    text += f"{needs.needed / 1e9:,.2f} GB more needed{free}"
+    free = "" if needs.free is None else f", {sized(needs.free)} are free"
+    text = f"checkpoints: {sized(needs.checkpoint)} each, at most {needs.at_once} at once; "
+    text += f"{sized(needs.needed)} more needed{free}"
     if not needs.fits:
         folder = config.checkpoint.folder or config.run_dir
         raise UserError(f"{text}\n  make room at {folder}, or lower checkpoint.keep or raise checkpoint.keep_every")

@@ -28,18 +28,18 @@ from pipeline.errors import EXIT_STOPPED, StoppedEarly, UserError, counted
 from pipeline.files import write_durably
 from pipeline.locks import locked
 from pipeline.model.transformer import Decoder
-from pipeline.train.changes import refuse_another_run
-from pipeline.train.checkpoint import checkpoint_folder, newest_intact, read_state, restore
-from pipeline.train.curves import draw_curves
-from pipeline.train.metrics import ConsoleLine, Meter, Record, read_record
+from pipeline.status import Status, write_status
 from pipeline.train.parallel import Parallel
+from pipeline.train.reporting.curves import draw_curves
+from pipeline.train.reporting.metrics import ConsoleLine, Meter, Record, read_record
+from pipeline.train.reporting.trackers import Trackers
+from pipeline.train.running.changes import refuse_another_run
 from pipeline.train.runtime import Runtime, environment
+from pipeline.train.saving.checkpoint import checkpoint_folder, newest_intact, read_state, restore
+from pipeline.train.saving.store import CheckpointStore
 from pipeline.train.spikes import is_spike
 from pipeline.train.state import BatchSizes, TrainState
-from pipeline.train.status import Status, write_status
 from pipeline.train.step import Evaluation, StepResult, Trainer, evaluate
-from pipeline.train.store import CheckpointStore
-from pipeline.train.trackers import Trackers
 
 PATIENCE = 30.0  # seconds to wait for the lock: ranks of a start that was killed end by themselves within that
 DRAW_SECONDS = 60.0  # curves.png is drawn with a checkpoint at most this often: a picture costs a third of a second

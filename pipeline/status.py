@@ -1,6 +1,6 @@
 """What became of a run, for those who started it: RUN/status.json.
 
-    python -m pipeline.train.status RUN       prints it and exits with the run's own code
+    python -m pipeline.status RUN       prints it and exits with the run's own code
 
 In: how a run goes or ended. Out: one small JSON file, written anew at each change. torchrun reports 1 for whatever its
 ranks exit with, so launch scripts ask here whether to queue the run again. A killed run leaves "running" behind.
@@ -52,7 +52,7 @@ def read_status(run_dir: Path) -> Status:
 def main() -> None:
     """Print the status of the run folder named and exit with its code; 137 when it was killed."""
     if len(sys.argv) != 2:
-        print("usage: python -m pipeline.train.status RUN", file=sys.stderr)
+        print("usage: python -m pipeline.status RUN", file=sys.stderr)
         raise SystemExit(EXIT_USER_ERROR)
     status = read_status(Path(sys.argv[1]))
     code = KILLED if status.exit_code is None else status.exit_code

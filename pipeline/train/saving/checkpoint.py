@@ -24,9 +24,8 @@ from pipeline.cli import config_from_values
 from pipeline.config import Config
 from pipeline.errors import UserError, nearest
 from pipeline.model.transformer import Decoder, build_model
-from pipeline.train.pieces import Piece, StoredTensor, check_fit, read_headers, read_tensor
-from pipeline.train.state import FORMAT, TrainState
-from pipeline.train.storage import (
+from pipeline.train.saving.pieces import Piece, StoredTensor, check_fit, read_headers, read_tensor
+from pipeline.train.saving.storage import (
     MANIFEST,
     Location,
     Shelf,
@@ -39,6 +38,7 @@ from pipeline.train.storage import (
     read_bytes,
     read_manifest,
 )
+from pipeline.train.state import FORMAT, TrainState
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

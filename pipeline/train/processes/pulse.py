@@ -23,8 +23,8 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from pipeline.errors import EXIT_HUNG, EXIT_STOPPED, UserError
-from pipeline.train.launched import Launch
-from pipeline.train.lifeline import Lifelines
+from pipeline.train.processes.launched import Launch
+from pipeline.train.processes.lifeline import Lifelines
 
 TICK = 1.0  # seconds between looks at the other ranks
 GRACE = 1.5  # the rank that failed ends first: torchrun reports the first. More than a tick: by then all have seen why

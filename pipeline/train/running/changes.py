@@ -13,8 +13,8 @@ from pipeline.config_data import Origin
 from pipeline.data.loading.blend import Phase
 from pipeline.data.loading.sources import TrainingData
 from pipeline.errors import UserError
-from pipeline.train.checkpoint import read_config, read_state
-from pipeline.train.storage import Location
+from pipeline.train.saving.checkpoint import read_config, read_state
+from pipeline.train.saving.storage import Location
 
 # Sections whose change makes it another run; what may change freely is the rest of the run's surroundings.
 FIXED = ("seed", "data", "model", "objective")

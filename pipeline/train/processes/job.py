@@ -19,11 +19,11 @@ from uuid import uuid4
 import torch.distributed as dist
 
 from pipeline.errors import EXIT_UNFINISHED, StoppedEarly, UserError, tell, verdict
-from pipeline.train import pulse as pulse_of_job
-from pipeline.train.guard import StopSignal
-from pipeline.train.launched import Launch, read_launch
-from pipeline.train.lifeline import Lifelines
-from pipeline.train.pulse import STDERR, Pulse, is_consequence
+from pipeline.train.processes import pulse as pulse_of_job
+from pipeline.train.processes.launched import Launch, read_launch
+from pipeline.train.processes.lifeline import Lifelines
+from pipeline.train.processes.pulse import STDERR, Pulse, is_consequence
+from pipeline.train.processes.signals import StopSignal
 
 NOTICE = 60.0  # seconds after which ranks that have not come are named
 AGAIN = "run the same command again to go on"

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from pipeline.errors import UserError
-from pipeline.train.storage import Location, entries, read_into
+from pipeline.train.saving.storage import Location, entries, read_into
 
 BLOCK = 1 << 26  # bytes moved at a time: what goes through memory beside the tensors themselves
 SUFFIX = ".safetensors"

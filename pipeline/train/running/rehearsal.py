@@ -12,9 +12,10 @@ import torch
 
 from pipeline.config import Config
 from pipeline.data.loading.loader import Loader
-from pipeline.train.memory import bytes_needed, device_memory, gigabytes, model_sizes
-from pipeline.train.metrics import duration
+from pipeline.errors import sized
+from pipeline.train.memory import bytes_needed, device_memory, model_sizes
 from pipeline.train.parallel import Parallel
+from pipeline.train.reporting.metrics import duration
 from pipeline.train.runtime import Runtime
 from pipeline.train.state import TrainState
 
@@ -49,8 +50,8 @@ def _memory(config: Config, parallel: Parallel, runtime: Runtime) -> str:
         shards=shards,
     )
     there = device_memory(runtime)
-    of = "" if there is None else f" of {gigabytes(there)}"
-    return f"memory: about {gigabytes(need)}{of} per rank (an estimate)"
+    of = "" if there is None else f" of {sized(there)}"
+    return f"memory: about {sized(need)}{of} per rank (an estimate)"
 
 
 def _seconds(config: Config, parallel: Parallel, loader: Loader, runtime: Runtime) -> float:

@@ -33,9 +33,18 @@ import xxhash
 from torch import Tensor
 from typing_extensions import override
 
-from pipeline.errors import UserError
-from pipeline.train.pieces import BLOCK, SUFFIX, Piece, as_bytes, header_of, in_file_order, total_bytes, write_stream
-from pipeline.train.storage import (
+from pipeline.errors import UserError, sized
+from pipeline.train.saving.pieces import (
+    BLOCK,
+    SUFFIX,
+    Piece,
+    as_bytes,
+    header_of,
+    in_file_order,
+    total_bytes,
+    write_stream,
+)
+from pipeline.train.saving.storage import (
     MANIFEST,
     Location,
     Shelf,
@@ -230,8 +239,7 @@ class Flush(threading.Thread):
     def _prepare(self) -> Files:
         free = self.shelf.free_bytes()
         if free is not None and free < self.save.nbytes * _SPARE:
-            needed = f"{self.save.nbytes / 1e6:,.1f} MB needed"
-            raise OSError(ENOSPC, f"{needed}, {free / 1e6:,.1f} MB free")
+            raise OSError(ENOSPC, f"{sized(self.save.nbytes)} needed, {sized(free)} free")
         self.shelf.make(self.place)
         return {}
 
