@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 
-from pipeline.train.checkpoint import list_checkpoints, verify
+from pipeline.train.saving.checkpoint import list_checkpoints, verify
 from tests.distributed.faulty import act_of, at
 from tests.support import (
     FORKS,
     _main,
     _print_into,
+    make_dataset,
     record,
     run_pretrain,
     run_ranks,
@@ -241,20 +242,42 @@ def as_srun_does(rank: int, port: int, config: str, output: str, place: str, wha
 )
 def test_tasks_of_srun_are_a_job(place: str, what: str, codes: list[int], dataset: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "a.yaml", settings_of(dataset, tmp_path / "run"))
+    found, printed = run_tasks([config, config], tmp_path, place=place, what=what)
+    assert found == codes, printed
+    assert "Traceback" not in printed
+    assert "2 ranks, alike in settings" in printed
+    assert ("rank 0 on" in printed) == (what == "is killed"), printed
+
+
+def run_tasks(configs: list[Path], folder: Path, *, place: str, what: str) -> tuple[list[int | None], str]:
+    """Exit codes and what was printed of tasks of srun, each with a config of its own."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    outputs = [str(tmp_path / f"{rank}.txt") for rank in range(2)]
-    arguments = [(rank, port, str(config), outputs[rank], place, what) for rank in range(2)]
+    outputs = [str(folder / f"{rank}.txt") for rank in range(len(configs))]
+    arguments = [(rank, port, str(config), outputs[rank], place, what) for rank, config in enumerate(configs)]
     tasks = [FORKS.Process(target=as_srun_does, args=one) for one in arguments]
     for task in tasks:
         task.start()
     for task in tasks:
         task.join(60)
-    printed = "".join(Path(output).read_text() for output in outputs)
-    assert [task.exitcode for task in tasks] == codes, printed
-    assert "Traceback" not in printed
-    assert "2 ranks, alike in settings" in printed
-    assert ("rank 0 on" in printed) == (what == "is killed"), printed
+    return [task.exitcode for task in tasks], "".join(Path(output).read_text() for output in outputs)
+
+
+def test_ranks_that_do_not_belong_together_are_refused(dataset: Path, tmp_path: Path) -> None:
+    """Nodes with other data, or with a config that somebody has edited on one of them, would train nonsense."""
+    other = make_dataset(tmp_path / "other", seed=2)
+    for name, values in (
+        ("optim.lr", settings_of(dataset, tmp_path / "run", optim={"lr": 1e-3})),
+        ("data", settings_of(other, tmp_path / "run")),
+    ):
+        config = write_config(tmp_path / "a.yaml", settings_of(dataset, tmp_path / "run"))
+        edited = write_config(tmp_path / "b.yaml", values)
+        codes, printed = run_tasks([config, edited], tmp_path, place="nowhere", what="raises")
+        assert codes == [2, 2], printed
+        assert "Traceback" not in printed
+        assert name in printed
+        assert "rank 1" in printed
+        assert not (tmp_path / "run").exists()
 
 
 def test_a_signal_while_compiling_ends_all_at_once(dataset: Path, tmp_path: Path) -> None:
