@@ -117,12 +117,14 @@ def test_settings_of_another_strategy_are_refused(keys: dict[str, Any], fault: s
 
 def test_sharding_and_checkpointing_lower_the_estimate() -> None:
     sizes = {"parameters": 10**9, "largest": 5 * 10**7, "n_tokens": 1000, "precision": torch.bfloat16}
-    plain = [bytes_needed(settings(), shards=shards, **sizes) for shards in (1, 2, 8, 64)]
+    plain = [bytes_needed(settings(), shards=shards, ranks=64, **sizes) for shards in (1, 2, 8, 64)]
     assert plain == sorted(plain, reverse=True)
-    exact = bytes_needed(settings(), shards=1, **{**sizes, "precision": torch.float64})
+    exact = bytes_needed(settings(), shards=1, ranks=8, **{**sizes, "precision": torch.float64})
     assert exact > 32 * 10**9
     kept = [
-        bytes_needed(settings(parallel={"strategy": "fsdp", "sync_every_micro_batch": every}), shards=2, **sizes)
+        bytes_needed(
+            settings(parallel={"strategy": "fsdp", "sync_every_micro_batch": every}), shards=2, ranks=2, **sizes
+        )
         for every in (False, True)
     ]
     assert kept[0] - kept[1] == 4 * (10**9 - 2 * 5 * 10**7)  # 8 rows on 2 ranks by 2: whole gradients wait in float32

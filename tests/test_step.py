@@ -147,6 +147,16 @@ def test_fp16_overflow_repeats_the_batch_at_a_smaller_scale(dataset: Path) -> No
     assert not all(torch.equal(a, b) for a, b in zip(again.parameters(), wild.parameters, strict=True))
 
 
+def test_a_batch_that_no_loss_scale_helps_leaves_it_as_it_was(dataset: Path) -> None:
+    model, trainer = make(dataset, settings(train={"on_nonfinite": "skip", "max_skips": 1}), precision=torch.float16)
+    before = trainer.loss_scale()
+    broken = next(model.parameters()).register_hook(lambda grad: grad * math.nan)
+    assert trainer.step(trainer.loader.batch(0, 8), step=1, lr=1e-3).skipped
+    assert trainer.loss_scale() == before
+    broken.remove()
+    assert not trainer.step(trainer.loader.batch(8, 8), step=2, lr=1e-3).skipped
+
+
 def test_loss_scale_goes_on_where_it_was(dataset: Path) -> None:
     _, first = make(dataset, settings(), precision=torch.float16)
     first.load_loss_scale({**first.loss_scale(), "scale": 2.0**40})

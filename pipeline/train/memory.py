@@ -24,9 +24,9 @@ def model_sizes(config: ModelConfig, *, n_tokens: int) -> tuple[int, int]:
 
 
 def bytes_needed(
-    config: Config, *, parameters: int, largest: int, n_tokens: int, precision: torch.dtype, shards: int
+    config: Config, *, parameters: int, largest: int, n_tokens: int, precision: torch.dtype, shards: int, ranks: int
 ) -> int:
-    """Peak memory of one rank in training: an estimate. `shards`: ranks among which a replica is divided (1: ddp).
+    """Peak memory of one of `ranks` in training: an estimate. `shards`: ranks that divide a replica (1: ddp).
 
     Weights, gradients and AdamW's two moments take 16 bytes per parameter, 32 in float64. To that come copies in the
     precision of matrix products, and activations.
@@ -37,15 +37,19 @@ def bytes_needed(
         gathered = low * parameters if low < exact else 0
     else:
         held = largest * (2 + config.parallel.prefetch) if config.parallel.reshard_after_forward else parameters
-        kept = _accumulates(config, shards) and not config.parallel.sync_every_micro_batch
+        kept = _accumulates(config, ranks) and not config.parallel.sync_every_micro_batch
         gathered = low * held + exact * (parameters if kept else 2 * largest)
-    rows = 1 if config.train.micro_batch == "auto" else config.train.micro_batch
-    return state + gathered + rows * activation_bytes(config, n_tokens=n_tokens, precision=precision)
+    return state + gathered + _rows(config) * activation_bytes(config, n_tokens=n_tokens, precision=precision)
+
+
+def _rows(config: Config) -> int:
+    """Sequences of a micro-batch; the least there can be, where it is yet to be found."""
+    return 1 if config.train.micro_batch == "auto" else config.train.micro_batch
 
 
 def _accumulates(config: Config, ranks: int) -> bool:
-    """Whether gradients wait for further micro-batches, as far as can be told before the ranks are known."""
-    return config.train.micro_batch != "auto" and config.ramp_of_rows.full > ranks * config.train.micro_batch
+    """Whether gradients wait for further micro-batches."""
+    return config.ramp_of_rows.full > ranks * _rows(config)
 
 
 def activation_bytes(config: Config, *, n_tokens: int, precision: torch.dtype) -> int:

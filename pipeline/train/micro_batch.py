@@ -2,14 +2,15 @@
 
 In: a model ready to train, and a way to get batches. Out: a number of sequences, the same on every rank.
 
-Memory is measured, with the real model on real rows, for one and for two sequences; what grows with their number grows
-in proportion. On CUDA without sharding larger ones are then tried, and running out of memory is the answer no. Under
-FSDP a rank that ran out would leave the others waiting in an exchange, so there the measured proportion decides.
+Memory is measured, with the real model on real rows, for half a sequence and for a whole one; what grows between them
+grows in proportion. On CUDA without sharding larger ones are then tried, and running out of memory is the answer no.
+Under FSDP a rank that ran out would leave the others waiting in an exchange, so there the measured proportion decides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from pipeline.train.runtime import Runtime
 
 FILLED = 0.9  # of what is free: sizes of later allocations differ, and leave gaps
 MOMENTS = 2  # of AdamW, not there yet
+_LESS_MEMORY = "use train.activation_checkpointing full, parallel.strategy fsdp or a shorter model.context_length"
 
 
 def with_micro_batch(config: Config, parallel: Parallel, *, data: TrainingData, runtime: Runtime) -> Config:
@@ -60,19 +62,25 @@ def find_micro_batch(
     trial = _Trial(parallel, config, runtime, loader_of)
     room = trial.room(free)
     with torch.random.fork_rng(devices=trial.devices), torch.compiler.set_stance("force_eager"):
-        one, two = trial.bytes(1), trial.bytes(2)
+        context = config.model.context_length
+        half = trial.bytes(max(context // 2, 1))
+        one = trial.bytes(context)
+        more = 2 * (one - half)  # of a further sequence; too much, where attention takes the square of the length
+
+        def needed(size: int) -> int:
+            return one + more * (size - 1) + (trial.waiting if size < trial.most else 0)
 
         def fits(size: int) -> bool:
-            if runtime.any(one + (two - one) * (size - 1) > room):
+            if runtime.any(needed(size) > room):
                 return False
             return not trial.can_run_out or not runtime.any(not trial.succeeds(size))
 
-        found = largest(fits, most=trial.most)
+        # all rows at once may fit where half of them do not: then no gradients wait for others
+        found = trial.most if fits(trial.most) else largest(fits, most=trial.most - 1)
     if found == 0:
         raise UserError(
-            f"train.micro_batch auto: one sequence of {config.model.context_length} tokens takes {sized(one)}, but "
-            f"{sized(max(room, 0))} are free for it on rank {runtime.rank}; use train.activation_checkpointing "
-            "full, parallel.strategy fsdp or a shorter model.context_length"
+            f"train.micro_batch auto: one sequence of {context} tokens takes {sized(needed(1))}, but "
+            f"{sized(max(room, 0))} are free for it on rank {runtime.rank}; {_LESS_MEMORY}"
         )
     return evened(found, most=trial.most)
 
@@ -110,6 +118,9 @@ class _Trial:
         ramp = config.ramp_of_rows
         rows = max(ramp.full, *(rows for _, rows in ramp.stages), 1)
         self.most = -(-rows // runtime.world_size)
+        # FSDP holds whole gradients until the last micro-batch of a step, where it sums them over ranks
+        waits = parallel.strategy in ("fsdp", "hsdp") and not parallel.sync_every_micro_batch
+        self.waiting = sum(parameter.nbytes for parameter in parallel.model.parameters()) if waits else 0
 
     def room(self, free: int | None) -> int:
         """Bytes for activations, and on CUDA for gradients: the moments of the optimizer are still to come."""
@@ -118,12 +129,13 @@ class _Trial:
             raise UserError("train.micro_batch auto: this system does not tell how much memory is free; give a number")
         return int(FILLED * known) - (MOMENTS if self.on_cuda else MOMENTS + 1) * self.held
 
-    def bytes(self, size: int) -> int:
-        """What a pass over `size` sequences takes at its peak: measured on CUDA, counted and estimated on a CPU."""
+    def bytes(self, tokens: int) -> int:
+        """What a pass over the first `tokens` of a sequence takes at its peak: measured on CUDA, estimated on a CPU."""
         if self.on_cuda:
             torch.cuda.reset_peak_memory_stats(self.runtime.device)
             before = torch.cuda.memory_allocated(self.runtime.device)
-            self._run(size)
+            with self._explained():
+                self._run(1, tokens=tokens)
             return torch.cuda.max_memory_allocated(self.runtime.device) - before
         kept: dict[int, int] = {}  # storages that wait for the backward pass; views of one count once
         own = {p.untyped_storage().data_ptr() for p in self.parallel.model.parameters() if not isinstance(p, DTensor)}
@@ -134,13 +146,13 @@ class _Trial:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            self._run(size)
+            self._run(1, tokens=tokens)
         counted = sum(size for place, size in kept.items() if place not in own)
         # what checkpointing holds on to is not seen by hooks, and neither is the gradient of the logits
         estimate = activation_bytes(
             self.config, n_tokens=self.parallel.model.n_tokens, precision=self.runtime.precision
         )
-        return max(counted, size * estimate)
+        return max(counted, tokens * estimate // self.config.model.context_length)
 
     def succeeds(self, size: int) -> bool:
         """Whether memory lasts, with room left for the moments."""
@@ -155,14 +167,26 @@ class _Trial:
         finally:
             torch.cuda.empty_cache()
 
-    def _run(self, size: int) -> None:
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Not even one sequence: what to do."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"train.micro_batch auto: memory does not last for one sequence of "
+                f"{self.config.model.context_length} tokens on rank {self.runtime.rank}: {str(error).splitlines()[0]}; "
+                f"{_LESS_MEMORY}"
+            ) from None
+
+    def _run(self, size: int, *, tokens: int | None = None) -> None:
         part = self.loader_of(size).batch(0, size * self.runtime.world_size).micro_batches[0].to(self.runtime.device)
+        inputs = {name: tensor[:, :tokens] for name, tensor in part.inputs.items()}
         try:
             # DDP needs no exchange for it; FSDP would keep whole gradients without one
             with self.parallel.sync(last=self.parallel.strategy in ("fsdp", "hsdp")):
                 with self.runtime.autocast():
-                    loss = self.parallel.forward(**part.inputs, labels=part.labels)
+                    loss = self.parallel.forward(**inputs, labels=part.labels[:, :tokens])
                 torch.autograd.backward(loss)
         finally:
-            for parameter in self.parallel.model.parameters():
-                parameter.grad = None
+            self.parallel.clear_gradients()

@@ -83,6 +83,14 @@ class Parallel:
             self.wrapped.set_is_last_backward(last)
         yield
 
+    def clear_gradients(self) -> None:
+        """Begin a sum anew. DDP's gradients stay in its buckets: were they let go, accumulation would make others."""
+        if isinstance(self.wrapped, DistributedDataParallel):
+            torch._foreach_zero_([p.grad for p in self.model.parameters() if p.grad is not None])
+        else:
+            for parameter in self.model.parameters():
+                parameter.grad = None
+
     def train(self) -> None:
         """Dropout from here on; after an evaluation under FSDP also lets go of what it had gathered."""
         for module in self.wrapped.modules():
@@ -122,7 +130,15 @@ def choose(
         return "single", "one process"
     if memory is None:
         return "ddp", "the memory of the device is not known"
-    need = partial(bytes_needed, config, parameters=parameters, largest=largest, n_tokens=n_tokens, precision=precision)
+    need = partial(
+        bytes_needed,
+        config,
+        parameters=parameters,
+        largest=largest,
+        n_tokens=n_tokens,
+        precision=precision,
+        ranks=world_size,
+    )
     limit, whole = FITS * memory, need(shards=1)
     of = f"of the {sized(memory)} of one rank"
     if whole <= limit:
@@ -219,6 +235,7 @@ def adapt_blocks(model: Decoder, *, checkpointing: Literal["none", "selective", 
     elif checkpointing == "selective":
         forward = _recomputed_but_products
     if compiled:
+        dynamo.optimize_ddp = False  # for models in one graph, which it cuts at DDP's buckets; blocks are cut already
         dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILATIONS)
         forward = torch.compile(forward)
         model.nats = MethodType(torch.compile(Decoder.nats), model)  # type: ignore[method-assign] # of this one alone
@@ -258,7 +275,10 @@ def _mesh(strategy: Strategy, shards: int, runtime: Runtime) -> DeviceMesh:
     kind, ranks = runtime.device.type, runtime.world_size
     if strategy == "fsdp":
         return init_device_mesh(kind, (ranks,), mesh_dim_names=("shard",))
-    return init_device_mesh(kind, (ranks // shards, shards), mesh_dim_names=("replicate", "shard"))
+    grid = torch.arange(ranks).view(-1, shards)
+    make = partial(dist.new_subgroups_by_enumeration, timeout=runtime.patience)  # a mesh would give them 30 minutes
+    groups = [make(lines.tolist())[0] for lines in (grid.T, grid)]
+    return DeviceMesh.from_group(groups, kind, mesh=grid, mesh_dim_names=("replicate", "shard"))
 
 
 def _shard(model: Decoder, config: ParallelConfig, *, mesh: DeviceMesh, runtime: Runtime) -> None:
@@ -302,17 +322,18 @@ def _replicate(model: Decoder, *, bucket_mb: float, device: torch.device) -> Dis
 
 
 def _settle_buckets(wrapped: DistributedDataParallel, device: torch.device) -> None:
-    """Make a first backward pass here, on one token, so that every step of every start adds in the same order.
+    """Make backward passes here, on one token, so that every step of every start adds in the same order.
 
     Before the forward pass that follows its first backward pass DDP makes its buckets anew, in the order in which
-    gradients came; and where a number lies in a bucket decides in which order the ranks' shares of it are added.
+    gradients came; and where a number lies in a bucket decides in which order the ranks' shares of it are added. The
+    second pass moves the gradients into the new buckets.
     """
     token = torch.zeros((1, 1), dtype=torch.int64, device=device)
     forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with forked, torch.compiler.set_stance("force_eager"):
-        torch.autograd.backward(wrapped(token, labels=token))
-    for parameter in wrapped.parameters():
-        parameter.grad = None
+        for _ in range(2):
+            torch.autograd.backward(wrapped(token, labels=token))
+    torch._foreach_zero_([parameter.grad for parameter in wrapped.parameters() if parameter.grad is not None])
 
 
 def _sum(gradients: Tensor) -> torch.futures.Future[Tensor]:

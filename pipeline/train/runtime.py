@@ -74,7 +74,7 @@ class Runtime:
             raise UserError(f"launched as one of {launched} ranks but joined a group of {accelerator.num_processes}")
         return Runtime(
             accelerator=accelerator,
-            device=accelerator.device,
+            device=_numbered(accelerator.device),
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
             precision=_precision(config.train, device_type),
@@ -88,6 +88,11 @@ class Runtime:
     def pulse(self) -> Pulse:
         """Where the main thread says how far it has come."""
         return self.job.pulse
+
+    @property
+    def patience(self) -> timedelta:
+        """How long ranks wait in an exchange; the pulse ends those that wait in vain before, and says why."""
+        return _patience(self.job)
 
     @property
     def is_main(self) -> bool:
@@ -104,11 +109,13 @@ class Runtime:
         """Sum over ranks, element by element; `values` itself when alone."""
         return values if self.world_size == 1 else self.accelerator.reduce(values, reduction="sum")
 
+    def number(self, value: float) -> Tensor:
+        """() float64 on the device, put there without waiting for what the device is at."""
+        return torch.full((), value, dtype=torch.float64, device=self.device)
+
     def sum_of_counts(self, count: int) -> int:
         """Sum of whole numbers over ranks; alone it needs no device, and waits for none."""
-        if self.world_size == 1:
-            return count
-        return int(self.sum(torch.tensor(count, dtype=torch.float64, device=self.device)).item())
+        return count if self.world_size == 1 else int(self.sum(self.number(count)).item())
 
     def any(self, flag: bool) -> bool:
         """True on every rank when it is on one."""
@@ -191,9 +198,18 @@ def _join_group(job: Job, device_type: str, *, alone_too: bool) -> None:
         torch.cuda.set_device(launch.local_rank)
     if launch.world_size > 1:
         job.assemble(limit=job.pulse.limit)
-    # The pulse ends ranks that wait in vain, and knows for whom; the group's own limit comes only after it.
-    timeout = timedelta(seconds=2 * PATIENCE * job.pulse.limit + 60)
-    dist.init_process_group(backend, store=job.store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+    dist.init_process_group(
+        backend, store=job.store, rank=launch.rank, world_size=launch.world_size, timeout=_patience(job)
+    )
+
+
+def _patience(job: Job) -> timedelta:
+    return timedelta(seconds=2 * PATIENCE * job.pulse.limit + 60)
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """With the number of a CUDA device: threads that are to use it must name it, for they begin with the first one."""
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
 
 
 def _accelerator(config: Config, device_type: str) -> Accelerator:
@@ -237,7 +253,7 @@ def _device_type(config: TrainConfig) -> str:
 
 def _precision(config: TrainConfig, device_type: str) -> torch.dtype:
     if config.precision == "auto":
-        native = torch.cuda.is_bf16_supported() if device_type == "cuda" else _cpu_has_bf16()
+        native = torch.cuda.is_bf16_supported(including_emulation=False) if device_type == "cuda" else _cpu_has_bf16()
         return torch.bfloat16 if native else torch.float32
     if config.precision == "fp16" and device_type == "cpu":
         raise UserError("train.precision fp16 needs CUDA; on a CPU use bf16 or fp32")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import asdict, dataclass
 from time import perf_counter
 
@@ -80,9 +81,7 @@ class Trainer:
         began = perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        local = sum(part.targets for part in batch.micro_batches)
-        targets = max(self.runtime.sum_of_counts(local), 1)  # a batch without any target has loss 0 and no gradient
-        loss, norm, stop = self._gradients(batch, step=step, targets=targets)
+        loss, norm, targets, stop = self._gradients(batch, step=step)
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
             self.runtime.pulse.beat(f"step {step}, update")
@@ -92,7 +91,7 @@ class Trainer:
                 self.scale.passed()
         else:
             self.skipped += 1
-        self.optimizer.zero_grad(set_to_none=True)
+        self.parallel.clear_gradients()
         return StepResult(loss, norm, targets, lr, seconds=perf_counter() - began, stop=stop, skipped=not finite)
 
     def loss_scale(self) -> dict[str, float | int]:
@@ -104,28 +103,33 @@ class Trainer:
         if state and self.scale is not None:
             self.scale = LossScale(scale=float(state["scale"]), passes=int(state["passes"]))
 
-    def _gradients(self, batch: RankBatch, *, step: int, targets: int) -> tuple[float, float, bool]:
-        """Leave gradients; return the mean loss, their norm and whether to stop, or refuse the update.
+    def _gradients(self, batch: RankBatch, *, step: int) -> tuple[float, float, int, bool]:
+        """Leave gradients; return the mean loss, their norm, the targets and whether to stop, or refuse the update.
 
         What decides is summed over ranks first, so that all decide the same. The body runs once, but for fp16, where
         an overflow is tried again at a smaller loss scale.
         """
+        number, scale = self.runtime.number, copy(self.scale)
+        targets = self.runtime.sum(number(sum(part.targets for part in batch.micro_batches)))
+        targets = targets.clamp(min=1)  # a batch without any target has loss 0 and no gradient
         while True:
             losses = self._backward(batch, step=step, targets=targets)
-            summed = torch.stack([losses.sum(), self._squared_norm(), losses.new_tensor(float(self.stop()))])
-            # all in one transfer: this is where the step waits for the device
-            nats, squared, stops = self.runtime.sum(summed).tolist()
-            loss, norm, stop = nats / targets, math.sqrt(squared), stops > 0
+            summed = self.runtime.sum(torch.stack([losses.sum(), self._squared_norm(), number(self.stop())]))
+            # all in one transfer: this is the one place where a step waits for the device
+            nats, squared, stops, count = torch.cat([summed, targets.view(1)]).tolist()
+            found = (nats / count, math.sqrt(squared), int(count), stops > 0)
+            loss, norm = found[:2]
             if math.isfinite(loss) and math.isfinite(norm):
-                return loss, norm, stop
+                return found
             if math.isfinite(loss) and self.scale is not None and self.scale.lower():
-                self.optimizer.zero_grad(set_to_none=True)  # the same batch once more, so that none is lost
+                self.parallel.clear_gradients()  # the same batch once more, so that none is lost
                 continue
+            self.scale = scale  # no scale helped
             if self.config.train.on_nonfinite == "skip" and self.skipped < self.config.train.max_skips:
-                return loss, norm, stop
+                return found
             refuse_update(loss, norm, losses, batch=batch, step=step, loader=self.loader)
 
-    def _backward(self, batch: RankBatch, *, step: int, targets: int) -> Tensor:
+    def _backward(self, batch: RankBatch, *, step: int, targets: Tensor) -> Tensor:
         """Accumulate d(mean loss)/d(parameters); return the summed nats of each micro-batch (M,), float64."""
         factor = (1.0 if self.scale is None else self.scale.scale) / targets
         losses = []

@@ -14,7 +14,8 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,7 @@ def cases(rank: Rank) -> dict[Any, Any]:
         config = settings(strategy, train={"precision": precision, "micro_batch": micro})
         found[strategy, precision, micro] = rank.run(config, local=2 if strategy == "hsdp" else None)
     if world == 4:
+        found["patience"] = patience_of_groups(rank)
         return found
     for strategy in strategies_for(world):
         found["bf16", strategy] = rank.run(settings(strategy, train={"precision": "bf16"}), steps=2)
@@ -197,6 +199,8 @@ def cases_of_two(rank: Rank) -> dict[Any, Any]:
         )
         found["recomputed", strategy, checkpointing] = rank.run(config, steps=3)
     found["compiled"] = compiled(rank)
+    found["cut"] = {strategy: compiled_pieces(rank, strategy) for strategy in ("ddp", "fsdp")}
+    found["in buckets"] = gradients_of_each_micro_batch(rank)
     for strategy in ("ddp", "fsdp"):
         found["skipped", strategy] = one_rank_is_not_finite(rank, strategy)
         found["stopped", strategy] = one_rank_is_asked_to_stop(rank, strategy)
@@ -247,6 +251,58 @@ def compiled(rank: Rank) -> dict[str, Any]:
     return found
 
 
+def compiled_pieces(rank: Rank, strategy: str) -> int:
+    """What the compiler is asked for when blocks are larger than DDP's first bucket of 1 MB."""
+    torch._dynamo.reset()
+    pieces: list[int] = []
+
+    def compiler(graph: torch.fx.GraphModule, _: object) -> Any:
+        pieces.append(len(graph.graph.nodes))
+        return graph.forward
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", functools.partial(torch.compile, backend=compiler))
+        trainer = rank.trainer(settings(strategy, model={"d_model": 192}, train={"compile": True}))
+    trainer.step(trainer.loader.batch(0, ROWS), step=1, lr=LR)
+    return len(pieces)
+
+
+def watched(trainer: Trainer, look: Callable[[], None]) -> None:
+    """Let every forward pass of the trainer begin with a `look`."""
+    plain = trainer.parallel
+
+    class Watched(Parallel):
+        def forward(self, *, labels: Tensor | None = None, **inputs: Tensor) -> Tensor:
+            look()
+            return super().forward(labels=labels, **inputs)
+
+    trainer.parallel = Watched(**{field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)})
+
+
+def gradients_of_each_micro_batch(rank: Rank) -> list[tuple[int, bool]]:
+    """Before each forward pass under DDP: bytes that gradients lie in, and whether these are those of the first."""
+    trainer = rank.trainer(settings("ddp", train={"micro_batch": 1}))
+    seen: list[dict[int, int]] = []
+
+    def look() -> None:
+        storages = [p.grad.untyped_storage() for p in trainer.parameters if p.grad is not None]
+        seen.append({storage.data_ptr(): storage.nbytes() for storage in storages})
+
+    watched(trainer, look)
+    for step in (1, 2, 3):
+        trainer.step(trainer.loader.batch(0, ROWS), step=step, lr=LR)
+    held = sum(p.nbytes for p in trainer.parameters)
+    return [(sum(storages.values()) - held, storages == seen[0]) for storages in seen]
+
+
+def patience_of_groups(rank: Rank) -> list[timedelta]:
+    """How long the groups wait that HSDP exchanges in, and for how long they should."""
+    trainer = rank.trainer(settings("hsdp"), local=2)
+    (mesh,) = {p.device_mesh for p in trainer.parameters if isinstance(p, DTensor)}
+    backends = [mesh.get_group(number)._get_backend(rank.runtime.device) for number in range(2)]
+    return [*(backend.options._timeout for backend in backends), rank.runtime.patience]
+
+
 def one_rank_is_not_finite(rank: Rank, strategy: str) -> dict[str, Any]:
     trainer = rank.trainer(settings(strategy, train={"on_nonfinite": "skip", "max_skips": 1, "micro_batch": 2}))
     trainer.step(trainer.loader.batch(0, ROWS), step=1, lr=LR)
@@ -265,8 +321,8 @@ def one_rank_is_not_finite(rank: Rank, strategy: str) -> dict[str, Any]:
         refused = False
     except UserError:
         refused = True
-    trainer.optimizer.zero_grad()
     trainer.parallel = plain
+    plain.clear_gradients()
     after = trainer.step(trainer.loader.batch(2 * ROWS, ROWS), step=4, lr=LR)
     return {"skipped": skipped.skipped, "kept": kept, "refused": refused, "after": (after.loss, after.skipped)}
 
@@ -285,7 +341,7 @@ def one_rank_is_asked_to_stop(rank: Rank, strategy: str) -> dict[str, Any]:
     return {"stops": [one.stop for one in (first, second, third)], "given_up": given_up is None}
 
 
-def micro_batch_of_unequal_ranks(rank: Rank, strategy: str) -> list[int]:
+def micro_batch_of_unequal_ranks(rank: Rank, strategy: str) -> list[float]:
     config = settings(strategy, train={"micro_batch": "auto"})
     number = settings(strategy)
     trainer = rank.trainer(number)
@@ -296,10 +352,12 @@ def micro_batch_of_unequal_ranks(rank: Rank, strategy: str) -> list[int]:
 
     held = sum(held_rows(p)[0].nbytes for p in trainer.parameters)
     row = activation_bytes(number, n_tokens=trainer.parallel.model.n_tokens, precision=torch.float64)
-    free = 10**9 if rank.runtime.rank == 0 else int((3 * held + 2.5 * row) / FILLED)
+    # FSDP holds whole gradients while micro-batches wait for others: with their memory, a second row would fit
+    needed = 2.5 * row if strategy == "ddp" else sum(p.nbytes for p in trainer.parameters) + 1.7 * row
+    free = 10**9 if rank.runtime.rank == 0 else int((3 * held + needed) / FILLED)
     found = find_micro_batch(trainer.parallel, config, runtime=trainer.runtime, loader_of=loader_of, free=free)
     alone = find_micro_batch(trainer.parallel, config, runtime=trainer.runtime, loader_of=loader_of, free=10**9)
-    return [found, alone, sum(p.grad is not None for p in trainer.parameters)]
+    return [found, alone, sum(p.grad.abs().sum().item() for p in trainer.parameters if p.grad is not None)]
 
 
 # --- starting them
@@ -452,11 +510,11 @@ def two(worlds: dict[int, list[dict[Any, Any]]]) -> list[dict[Any, Any]]:
 
 
 def test_gradients_are_summed_once_per_step(worlds: dict[int, list[dict[Any, Any]]], dataset: Path) -> None:
-    """4 micro-batches, 2 steps, 3 groups of weights under FSDP; one bucket under DDP, once more as they are settled."""
+    """4 micro-batches, 2 steps, 3 groups of weights under FSDP; one bucket under DDP, twice more to settle it."""
     losses, norms, _ = reference(dataset)
     for rank in two(worlds):
         counts = {key: rank[key]["reductions"][0] for key in (("ddp", "count"), ("every", False), ("every", True))}
-        assert counts == {("ddp", "count"): 1 + 2, ("every", False): 2 * 3, ("every", True): 2 * 3 * 4}
+        assert counts == {("ddp", "count"): 2 + 2, ("every", False): 2 * 3, ("every", True): 2 * 3 * 4}
         for key in counts:
             assert rank[key]["losses"] == pytest.approx(losses[:2], rel=1e-9)
             assert rank[key]["norms"] == pytest.approx(norms[:2], rel=1e-9)
@@ -487,6 +545,22 @@ def test_compiled_blocks_compute_the_same_without_a_break(
             assert found[f"{strategy} graphs"][0] <= 8  # block and loss, training and evaluation, two sizes of batches
 
 
+def test_blocks_are_compiled_whole_under_ddp(worlds: dict[int, list[dict[Any, Any]]]) -> None:
+    for rank in two(worlds):
+        assert rank["cut"]["ddp"] == rank["cut"]["fsdp"]
+
+
+def test_gradients_never_leave_the_buckets_of_ddp(worlds: dict[int, list[dict[Any, Any]]]) -> None:
+    for rank in two(worlds):
+        assert rank["in buckets"] == [(0, True)] * 12  # 3 steps of 4 micro-batches: not one byte besides
+
+
+def test_groups_of_hsdp_wait_as_long_as_all_ranks_do(worlds: dict[int, list[dict[Any, Any]]]) -> None:
+    for rank in worlds[4]:
+        replicate, shard, wanted = rank["patience"]
+        assert replicate == shard == wanted > timedelta(minutes=30)
+
+
 def test_a_number_that_is_not_finite_on_one_rank_is_skipped_by_all(worlds: dict[int, list[dict[Any, Any]]]) -> None:
     for strategy in ("ddp", "fsdp"):
         found = [rank["skipped", strategy] for rank in two(worlds)]
@@ -502,10 +576,10 @@ def test_a_signal_to_one_rank_stops_all(worlds: dict[int, list[dict[Any, Any]]])
 
 
 def test_ranks_agree_on_the_smallest_micro_batch(worlds: dict[int, list[dict[Any, Any]]]) -> None:
-    for strategy in ("ddp", "fsdp"):
+    for strategy, fits in (("ddp", 2), ("fsdp", 1)):
         found = [rank["micro_batch", strategy] for rank in two(worlds)]
         assert found[0] == found[1]
-        assert found[0] == [2, 4, 0]  # 7 rows are at most 4 on a rank; no gradient is left
+        assert found[0] == [fits, 4, 0.0]  # 7 rows are at most 4 on a rank; no gradient is left
 
 
 def test_groups_of_ranks_that_cannot_be_are_refused(worlds: dict[int, list[dict[Any, Any]]]) -> None:

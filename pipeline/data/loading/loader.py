@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from time import perf_counter
 from typing import Protocol, Self
 
@@ -174,7 +175,9 @@ class Prefetcher:
         self._device = device if device is not None and device.type == "cuda" else None
         self._stream = None if self._device is None else torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call] # torch's
 
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
+        # a thread begins with the first device, and its first call there would take memory of it from rank 0
+        begin = (lambda: None) if self._device is None else partial(torch.cuda.set_device, self._device)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader", initializer=begin)
         self._ahead: deque[Future[tuple[RankBatch, torch.cuda.Event | None]]] = deque()
 
     def __iter__(self) -> Iterator[RankBatch]:

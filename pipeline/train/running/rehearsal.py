@@ -48,6 +48,7 @@ def _memory(config: Config, parallel: Parallel, runtime: Runtime) -> str:
         n_tokens=parallel.model.n_tokens,
         precision=runtime.precision,
         shards=shards,
+        ranks=runtime.world_size,
     )
     there = device_memory(runtime)
     of = "" if there is None else f" of {sized(there)}"
@@ -69,8 +70,7 @@ def _seconds(config: Config, parallel: Parallel, loader: Loader, runtime: Runtim
                     loss = parallel.forward(**part.inputs, labels=part.labels)
                 torch.autograd.backward(loss)
         _wait(runtime)
-    for parameter in parallel.model.parameters():
-        parameter.grad = None
+    parallel.clear_gradients()
     return (time.perf_counter() - began) / TIMED
 
 
