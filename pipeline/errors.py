@@ -9,6 +9,7 @@ torchrun would start it again; torchrun itself exits with 1 for whatever its ran
 
 from __future__ import annotations
 
+import io
 import math
 import sys
 from collections.abc import Callable, Iterable
@@ -54,6 +55,7 @@ def sized(count: float) -> str:
 
 def run_command(main: Callable[[], None]) -> None:
     """Run a script's `main` and turn the user's mistakes into exit codes instead of tracebacks."""
+    print_all_characters()
     try:
         main()
     except BaseException as error:
@@ -61,6 +63,13 @@ def run_command(main: Callable[[], None]) -> None:
         if code is None:
             raise
         raise SystemExit(code) from None
+
+
+def print_all_characters() -> None:
+    """Print `\\xe9` where a terminal does not know `é`: a name or a text that it lacks is no reason to fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def tell(error: BaseException) -> int | None:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import xxhash
 from rich.console import Console
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from pipeline.data.dataset import open_dataset
 from pipeline.data.deleting.dedup import deduplicate
@@ -25,6 +26,7 @@ from pipeline.data.preparing.prepare import prepare
 from pipeline.data.preparing.request import Request
 from pipeline.data.reading.corpus import find_corpus
 from pipeline.data.reading.formats import TextRules
+from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError
 from tests.prepared import damage, edit_manifest, write_dataset
 
@@ -86,6 +88,39 @@ def test_verify_finds_text_that_does_not_come_back(folder: Path) -> None:
 def test_verify_finds_a_manifest_of_other_data(folder: Path) -> None:
     edit_manifest(folder, lambda values: values.update(data_digest="0" * 64))
     with pytest.raises(UserError, match="expected data digest 0000"):
+        verify(folder)
+
+
+UNKNOWN = "[UNK]"
+
+
+def with_unknown(model: Any) -> TextTokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.add_special_tokens(["[SEP]"])
+    return TextTokenizer.from_definition(json.loads(tokenizer.to_str()), origin="test")
+
+
+VOCABULARY = {word: number for number, word in enumerate([UNKNOWN, "[SEP]", "a", "b", "[", "]", "U", "N", "K"])}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [models.WordPiece(VOCABULARY, unk_token=UNKNOWN), models.BPE(vocab=VOCABULARY, merges=[], unk_token=UNKNOWN)],
+)
+def test_unknown_tokens_are_no_damage_and_do_not_hide_any(tmp_path: Path, model: Any) -> None:
+    tokenizer = with_unknown(model)
+    texts = ["a b", "a é", "é", "b", "b b a"]
+    assert [0 in tokenizer.encode(text) for text in texts] == [False, True, True, False, False]
+    folder = write_dataset(tmp_path / "dataset", {"train": [texts], "val": [["a"]]}, tokenizer=tokenizer)
+    said = verify(folder)
+    assert "is whole: 6 documents" in said
+    assert "note: 2 documents of the sample, such as train-00000, document 1, could not be compared with" in said
+    ids = np.fromfile(folder / "train-00000.bin", "<u2")
+    ends = np.flatnonzero(ids == tokenizer.eos_id)
+    ids[ends[3] - 1] = VOCABULARY["]"]
+    ids.tofile(folder / "train-00000.bin")
+    with pytest.raises(UserError, match=r"train-00000.bin: expected checksum"):
         verify(folder)
 
 

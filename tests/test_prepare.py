@@ -28,7 +28,7 @@ import pytest
 import xxhash
 import zstandard
 from rich.console import Console
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from pipeline.data.dataset import open_dataset
 from pipeline.data.deleting.dedup import deduplicate
@@ -36,7 +36,8 @@ from pipeline.data.manifest import Manifest, SplitName
 from pipeline.data.preparing.audit import verify
 from pipeline.data.preparing.decide import rehearse
 from pipeline.data.preparing.encoder import Encoder, EncoderMismatch
-from pipeline.data.preparing.prepare import prepare
+from pipeline.data.preparing.ledger import Ledger, LedgerHeader
+from pipeline.data.preparing.prepare import _Preparation, prepare, unit_number
 from pipeline.data.preparing.request import Request
 from pipeline.data.preparing.survey import training_sample
 from pipeline.data.preparing.unit import UnitReport, prepare_unit
@@ -929,3 +930,137 @@ def test_rows_after_a_unit_done_without_are_those_of_the_file(
     said = f"; rows of {path} after it are numbered as if it had none" in manifest.failed[0].reason
     assert said != all(right)
     assert said == (kind in ("txt", "jsonl.gz"))
+
+
+# what ends documents is in none
+
+
+def tokenizer_file(folder: Path, model: Any, *, special: bool = True) -> str:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.add_special_tokens(["</s>"])
+    definition = json.loads(tokenizer.to_str())
+    definition["added_tokens"][0]["special"] = special
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    return str(folder / "tokenizer.json")
+
+
+LETTERS = ["<unk>", "</s>", "\u2581", *"abcdefghijklmnopqrstuvwxyz</>0123456789"]
+UNIGRAM = models.Unigram([(piece, -2.0 if number > 1 else 0.0) for number, piece in enumerate(LETTERS)], unk_id=0)
+BPE = models.BPE(vocab={piece: number for number, piece in enumerate([*LETTERS, "an"])}, merges=[("a", "n")])
+
+
+@pytest.mark.parametrize(("model", "special"), [(UNIGRAM, True), (BPE, False)])
+def test_the_text_of_the_end_is_text_to_any_tokenizer(tmp_path: Path, model: Any, special: bool) -> None:
+    texts = [f"document {number} </s>{'</s> and' * (number % 3)} more" for number in range(150)]
+    write_lines(tmp_path / "a.jsonl", texts)
+    file = tokenizer_file(tmp_path, model, special=special)
+    manifest, said = run(request(tmp_path / "a.jsonl", tokenizer=file, val_fraction=0.0))
+    assert documents(tmp_path / "out", "train") == texts
+    assert "is whole: 150 documents" in verify(tmp_path / "out")
+    assert manifest.noticed == {"documents with the text of a special token": 150}
+    assert "warning" not in said
+    again, _ = run(request(tmp_path / "a.jsonl", "again", tokenizer=file, val_fraction=0.0, workers=2))
+    assert again.data_digest == manifest.data_digest
+
+
+def test_an_end_that_stands_for_text_is_refused_before_the_work(corpus: Path) -> None:
+    with pytest.raises(UserError, match="the token 'x' of train:300 cannot end documents"):
+        run(request(corpus, eos="x"))
+
+
+def test_a_document_that_cannot_but_hold_the_end_is_named(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", [f"a b {number % 2}" for number in range(150)])
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write('\n{"text": "a strange word"}\n')
+    end = "</s>"  # also what unknown words become
+    words = models.WordLevel({end: 0, "\u2581a": 1, "\u2581b": 2, "\u25810": 3, "\u25811": 4}, unk_token=end)
+    wanted = request(tmp_path / "a.jsonl", tokenizer=tokenizer_file(tmp_path, words), val_fraction=0.0)
+    with pytest.raises(
+        UserError, match=r"a\.jsonl, row 151.*: text in it is encoded with '</s>' \(id 0\).*--eos TOKEN"
+    ):
+        run(replace(wanted, rules=TextRules()))
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+# inputs given for validation that hold nothing
+
+
+def given(corpus: Path, **changes: Any) -> Request:
+    inputs = {"inputs": (str(corpus / "a.jsonl"),), "val_inputs": (str(corpus / "b.jsonl"),)}
+    return request(corpus, **inputs, val_fraction=None, tokenizer="bytes", max_bad=1.0, **changes)
+
+
+def test_validation_inputs_without_a_document_are_refused_before_the_work(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lines(corpus / "b.jsonl", ["", ""])
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.data.preparing.prepare.prepare_unit", None)
+        with pytest.raises(UserError, match="val is empty: no document in the inputs of --val-input; mend them"):
+            run(given(corpus))
+    write_lines(corpus / "b.jsonl", TEXTS[120:])
+    run(given(corpus))
+    assert documents(corpus.parent / "out", "val") == TEXTS[120:]
+
+
+def test_validation_inputs_without_a_document_do_not_cost_the_training_units(corpus: Path) -> None:
+    (corpus / "b.jsonl").write_text("broken\n" * 4001)  # more than are looked at before the work
+    with pytest.raises(UserError, match=r"val is empty: .*; finished units are kept"):
+        run(given(corpus))
+    output = corpus.parent / "out"
+    before = {path.name: path.stat().st_mtime_ns for path in output.glob("train-*.bin")}
+    assert len(before) > 3
+    write_lines(corpus / "b.jsonl", TEXTS[120:])
+    run(given(corpus))
+    after = {path.name: path.stat().st_mtime_ns for path in output.glob("train-*.bin")}
+    assert len(before.items() - after.items()) <= 1, "the last of them may share its unit with the mended file"
+    run(replace(given(corpus), output=corpus.parent / "fresh"))
+    assert content(output) == content(corpus.parent / "fresh")
+
+
+# units beyond the five digits of their names
+
+
+def test_files_of_units_with_six_digits_are_their_own(tmp_path: Path) -> None:
+    names = {
+        "train-10000.bin.ab12cd34.tmp": 10000, "train-100001.bin.12345678.tmp": 100001, "00012-0003": 12,
+        "quarantine-100001-0002.jsonl.0a.tmp": 100001, "report-100001-0003.json": 100001, "100001-0003": 100001,
+        "tokenizer.json.12345678.tmp": None, "ledger.jsonl.tmp": None, "ledger.0-of-2.jsonl.tmp": None,
+    }  # fmt: skip
+    assert {name: unit_number(tmp_path / name) for name in names} == names
+
+
+def test_a_share_leaves_the_files_of_units_with_six_digits_to_theirs(tmp_path: Path) -> None:
+    kept = {".spool/100001-0000", "report-100001.json", "train-100001.bin.ab.tmp"}
+    gone = {".spool/10000-0000", "report-10000.json", "train-10000.bin.ab.tmp"}
+    (tmp_path / ".spool").mkdir()
+    for name in kept | gone:
+        (tmp_path / name).touch()
+    preparation = _Preparation.__new__(_Preparation)  # a plan of so many units would take minutes
+    preparation.request = request(tmp_path, share=(0, 2))
+    preparation.output, preparation.units = tmp_path, (Unit(10000, ()), Unit(100001, ()))
+    preparation.done, preparation.ends = {}, {}
+    preparation.ledger = Ledger(tmp_path, share=(0, 2))
+    preparation.header = LedgerHeader(settings={}, inputs_digest="", tokenizer_fingerprint="")
+    preparation._write_ledger()
+    preparation._clean()
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == kept | {"ledger.0-of-2.jsonl"}
+
+
+def test_judging_the_beginning_takes_as_much_for_each_unit(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = 0
+
+    def dropped(self: UnitReport) -> int:
+        nonlocal looks
+        looks += 1
+        return sum(self.drops.values())
+
+    monkeypatch.setattr(UnitReport, "dropped", property(dropped))
+    monkeypatch.setattr("pipeline.data.preparing.prepare.EARLY_VERDICT_RECORDS", 1)
+    manifest, _ = run(request(corpus, tokenizer="bytes", rules=TextRules(unit_bytes=200)))
+    units = len(manifest.splits["train"])
+    assert units > 60
+    assert looks < 10 * units, "each is looked at a few times, not once for each that follows"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -15,7 +15,7 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pipeline.data import tokenizer_files
 from pipeline.data.preparing.nasty import NASTY as WORSE
@@ -385,3 +385,111 @@ def test_an_unreachable_hub_says_what_to_try(monkeypatch: pytest.MonkeyPatch) ->
         UserError, match=r"(?s)cannot load the tokenizer 'no-such/name'.*--tokenizer PATH/tokenizer.json"
     ):
         load_tokenizer("no-such/name")
+
+
+# what ends documents is in none
+
+
+PIECES = {"<unk>": 0.0, "</s>": 0.0, "▁": -2.0, "a": -1.0, "b": -1.5, "ab": -1.8, "<": -3.0, "/": -3.0, "s": -3.0,
+          ">": -3.0, "s>": -4.0, "</": -9.0}  # fmt: skip
+
+
+def unigram() -> Tokenizer:
+    """As T5's: the end is a special token and at the same time a piece of the model, with the best of scores."""
+    tokenizer = Tokenizer(models.Unigram(list(PIECES.items()), unk_id=0, byte_fallback=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.add_special_tokens(["</s>"])
+    return tokenizer
+
+
+def best_pieces(text: str) -> list[str]:
+    """The pieces of the highest sum of scores, of all ways to write `text` without the end."""
+
+    def ways(rest: str) -> Iterator[tuple[float, list[str]]]:
+        if not rest:
+            yield 0.0, []
+        for piece, score in PIECES.items():
+            if piece not in ("<unk>", "</s>") and rest.startswith(piece):
+                yield from ((score + more, [piece, *others]) for more, others in ways(rest[len(piece) :]))
+
+    return max(ways("▁" + text.replace(" ", "▁")))[1]
+
+
+@pytest.mark.parametrize("text", ["a</s>b", "</s>", "ab </s></s> ab", "<</s>>s", "a b", "</s"])
+def test_a_model_that_knows_the_end_writes_its_text_in_other_pieces(text: str) -> None:
+    plain = unigram()
+    plain.encode_special_tokens = True
+    assert ("</s>" in text) == ("</s>" in plain.encode(text).tokens), "what the library does is the reason for this"
+    tokenizer = TextTokenizer.from_definition(json.loads(plain.to_str()), origin="t5").ending_documents(origin="t5")
+    assert tokenizer.eos_id == 1
+    ids, lengths = tokenizer.encode_batch(["ab", text, "b"])
+    assert [tokenizer.tokenizer.id_to_token(i) for i in tokenizer.encode(text)] == best_pieces(text)
+    assert ids.tolist() == [*tokenizer.encode("ab"), *tokenizer.encode(text), *tokenizer.encode("b")]
+    assert lengths.tolist() == [2, len(tokenizer.encode(text)), 2]
+    assert tokenizer.decode(tokenizer.encode(text)) == text == plain.decode(plain.encode(text).ids, False)
+
+
+@pytest.mark.parametrize("ignore_merges", [False, True])
+def test_merges_do_not_come_to_the_end(ignore_merges: bool) -> None:
+    vocabulary = {letter: number for number, letter in enumerate(["a", "b", "c", "ab", "abc", "bc"])}
+    merges = [("a", "b"), ("ab", "c"), ("b", "c")]
+    bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=ignore_merges))
+    bpe.decoder = decoders.Fuse()
+    bpe.add_special_tokens(["ab"])
+    tokenizer = TextTokenizer.from_definition(json.loads(bpe.to_str()), origin="bpe", eos="ab")
+    assert [tokenizer.tokenizer.id_to_token(i) for i in tokenizer.encode("cab")] == ["c", "a", "b"]
+    if not ignore_merges:
+        assert [tokenizer.tokenizer.id_to_token(i) for i in tokenizer.encode("abab")] == ["a", "b", "a", "b"]
+    bpe.add_special_tokens(["b"])
+    single = TextTokenizer.from_definition(json.loads(bpe.to_str()), origin="bpe", eos="b")
+    with pytest.raises(UserError, match="no way to write 'b', with which documents end, in other tokens"):
+        single.encode("cb")
+
+
+def test_words_that_are_the_end_are_written_in_other_pieces() -> None:
+    vocabulary = {"[UNK]": 0, "[SEP]": 1, "a": 2, "[": 3, "##S": 4, "##E": 5, "##P": 6, "##]": 7}
+    unknown = "[UNK]"
+    pieces = Tokenizer(models.WordPiece(vocabulary, unk_token=unknown))
+    pieces.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    pieces.add_special_tokens(["[SEP]", "[UNK]"])
+    tokenizer = TextTokenizer.from_definition(json.loads(pieces.to_str()), origin="wordpiece")
+    assert tokenizer.encode("a [SEP] a") == [2, 3, 4, 5, 6, 7, 2]
+    assert (tokenizer.eos_id, tokenizer.unknown_id) == (1, 0)
+
+
+def test_an_added_end_that_is_not_special_becomes_so() -> None:
+    definition = TRAINED.definition
+    for token in definition["added_tokens"]:
+        token["special"] = False
+    plain = Tokenizer.from_str(json.dumps(definition))
+    plain.encode_special_tokens = True
+    assert TRAINED.eos_id in plain.encode("a<|endoftext|>b").ids, "what the library does is the reason for this"
+    tokenizer = TextTokenizer.from_definition(definition, origin="json").ending_documents(origin="json")
+    assert [tokenizer.encode(text) for text in CORPUS] == [TRAINED.encode(text) for text in CORPUS]
+    assert tokenizer.fingerprint == TRAINED.fingerprint
+    assert TRAINED.ending_documents(origin="") is TRAINED
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "eos"),
+    [
+        (TRAINED, "x"),
+        (TRAINED, "the"),
+        (TRAINED, "Ġand"),
+        (BYTES, "Ċ"),
+        (BYTES, "ī"),  # a byte in the middle of characters
+        (load_tokenizer("chars", texts=CORPUS), "\n"),
+    ],
+)
+def test_a_token_that_stands_for_text_cannot_end_documents(tokenizer: TextTokenizer, eos: str) -> None:
+    chosen = TextTokenizer.from_definition(tokenizer.definition, origin="own.json", eos=eos)
+    with pytest.raises(UserError, match=r"of own\.json cannot end documents.*its special tokens: <\|endoftext\|>"):
+        chosen.ending_documents(origin="own.json")
+
+
+def test_a_word_that_no_text_comes_to_can_end_documents() -> None:
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2}, "<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()  # cuts the end into three
+    tokenizer = TextTokenizer.from_definition(json.loads(words.to_str()), origin="words")
+    assert tokenizer.ending_documents(origin="words") is tokenizer

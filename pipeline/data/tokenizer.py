@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
@@ -33,6 +33,7 @@ from pipeline.files import write_durably
 EOS = "<|endoftext|>"
 TRAIN = "train:"
 UNKNOWN_NAMED = 10  # characters named when a vocabulary lacks them
+_UNREACHABLE = "\U0010ffff\ufdd0" * 8  # noncharacters: no text holds them in this way
 COMMON_EOS = (EOS, "</s>", "<eos>", "<|end_of_text|>", "<|eot_id|>", "<｜end▁of▁sentence｜>", "<EOS>", "[EOS]", "[SEP]")
 
 
@@ -89,6 +90,16 @@ class TextTokenizer:
         """The token that ends a document."""
         return str(self.tokenizer.id_to_token(self.eos_id))
 
+    @cached_property
+    def unknown_id(self) -> int | None:
+        """Id of the token for unknown text, None if there is none."""
+        model = self.definition["model"]
+        if model.get("unk_id") is not None:  # Unigram
+            return int(model["unk_id"])
+        token = model.get("unk_token")
+        number = None if token is None else self.tokenizer.token_to_id(token)
+        return None if number is None else int(number)
+
     def encode(self, text: str) -> list[int]:
         """Ids of a prompt, nothing added."""
         ids, _ = self.encode_batch([text])
@@ -101,15 +112,86 @@ class TextTokenizer:
         """
         if self.alphabet is not None:
             self._check_characters(texts)
-        try:
-            encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        except (
-            Exception
-        ) as error:  # the library raises nothing narrower, e.g. for a word outside a WordLevel vocabulary
-            raise UserError(f"the tokenizer cannot encode this text: {error}; use one that covers all text") from None
-        lengths = np.array([len(encoding) for encoding in encodings], np.int64)
-        flat = chain.from_iterable(encoding.ids for encoding in encodings)
-        return np.fromiter(flat, np.uint32, count=int(lengths.sum())), lengths
+        ids, lengths = _encoded(self.tokenizer, texts)
+        if bool((ids == self.eos_id).any()) and self._without_end is not None:
+            return self._spelled(texts, np.split(ids, np.cumsum(lengths)[:-1]), self._without_end)
+        return ids, lengths
+
+    def _spelled(
+        self, texts: Sequence[str], encoded: list[npt.NDArray[np.uint32]], without_end: Tokenizer
+    ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+        """Ids and lengths once more, where the end of a document stood for its text: that is made of other tokens."""
+        for number, text in enumerate(texts):
+            if self.eos_id in encoded[number]:
+                before, (encoded[number], _) = encoded[number], _encoded(without_end, [text])
+                if self.unknown_id is None and self.decode(encoded[number]) != self.decode(before):
+                    raise UserError(
+                        f"the tokenizer has no way to write {self.eos_token!r}, with which documents end, in other "
+                        "tokens; leave it out of the text, or choose another end with --eos"
+                    )
+        return np.concatenate(encoded), np.array([len(ids) for ids in encoded], np.int64)
+
+    @cached_property
+    def _without_end(self) -> Tokenizer | None:
+        """The same tokenizer, but no text is encoded with the token that ends documents.
+
+        Special tokens are not looked for in text, but a model that has the token in its vocabulary (T5's) can still
+        come to it. None where that is as it was meant: it is no added token, or the one for unknown text.
+        """
+        definition, token = self.definition, self.eos_token
+        model, added = definition["model"], definition.get("added_tokens") or []
+        if self.eos_id == self.unknown_id or all(entry["id"] != self.eos_id for entry in added):
+            return None
+        if isinstance(model["vocab"], list):  # Unigram: token and score, in the order of ids
+            vocabulary: Any = [[_UNREACHABLE if word == token else word, score] for word, score in model["vocab"]]
+        else:
+            vocabulary = {_UNREACHABLE if word == token else word: number for word, number in model["vocab"].items()}
+        model = {**model, "vocab": vocabulary}
+        if "merges" in model:
+            prefix = model.get("continuing_subword_prefix") or ""
+            pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+            model["merges"] = [
+                [left, right] for left, right in pairs if token not in (left, right, left + right.removeprefix(prefix))
+            ]
+        definition["added_tokens"] = [  # each keeps its place, from which ids follow
+            {**entry, "content": _UNREACHABLE, "special": True} if entry["id"] == self.eos_id else entry
+            for entry in added
+        ]
+        twin = Tokenizer.from_str(json.dumps({**definition, "model": model, "post_processor": None}))
+        twin.encode_special_tokens = True
+        return twin
+
+    def ending_documents(self, *, origin: str) -> TextTokenizer:
+        """The tokenizer for documents that end with its EOS: this one, or the same with EOS marked as special.
+
+        Text of a special token is encoded as text; an added token that is not special would end documents within.
+        Raises `UserError` for an ordinary token, which stands for text.
+        """
+        definition = self.definition
+        added = {entry["id"]: entry for entry in definition.get("added_tokens") or []}
+        if self.eos_id not in added:
+            text = self.decode([self.eos_id])
+            trials = [self.eos_token, text, f"a{text}", f"{text} {text}"]
+            if "\ufffd" in text or any(self.eos_id in self.encode(trial) for trial in self._writable(trials)):
+                specials = ", ".join(sorted(entry["content"] for entry in added.values())[:20]) or "none"
+                raise UserError(
+                    f"the token {self.eos_token!r} of {origin} cannot end documents, for it stands for text in them; "
+                    f"choose a special one with --eos TOKEN (its special tokens: {specials}), or list it in the "
+                    "added_tokens of the tokenizer.json as special"
+                )
+        elif not added[self.eos_id].get("special"):
+            added[self.eos_id]["special"] = True
+            return TextTokenizer.from_definition(definition, origin=origin, eos=self.eos_id)
+        return self
+
+    def _writable(self, texts: Iterable[str]) -> Iterator[str]:
+        """Those of which the tokenizer knows all characters and words."""
+        for text in texts:
+            try:
+                self.encode(text)
+            except UserError:
+                continue
+            yield text
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, special tokens included."""
@@ -214,6 +296,16 @@ def _check_hub_name(name: str) -> None:
         f"unknown tokenizer {name!r}; {hint}wanted: chars, bytes, {TRAIN}N, the path of a tokenizer.json or of a rank "
         f"file ENCODING{RANK_SUFFIX}, or a name on the Hugging Face hub such as gpt2"
     )
+
+
+def _encoded(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+    try:
+        encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    except Exception as error:  # the library raises nothing narrower, e.g. for a word outside a WordLevel vocabulary
+        raise UserError(f"the tokenizer cannot encode this text: {error}; use one that covers all text") from None
+    lengths = np.array([len(encoding) for encoding in encodings], np.int64)
+    flat = chain.from_iterable(encoding.ids for encoding in encodings)
+    return np.fromiter(flat, np.uint32, count=int(lengths.sum())), lengths
 
 
 def _find_eos(tokenizer: Tokenizer, eos: str | int | None, *, origin: str) -> int:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import runpy
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -293,3 +296,112 @@ def test_the_rate_of_unknown_tokens_is_told(tmp_path: Path) -> None:
                    "--val-fraction", "0")  # fmt: skip
     assert made.returncode == 0, made.stderr
     assert "noticed: 150 x unknown tokens, 20.00% of all" in made.stdout, "one of four, and the end of each document"
+
+
+@pytest.mark.parametrize(
+    "terminal",
+    [{"PYTHONIOENCODING": "latin-1"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
+    ids=["latin-1", "C"],
+)
+def test_a_terminal_that_lacks_a_character_is_shown_its_code(tmp_path: Path, terminal: dict[str, str]) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "日本 {number}"}}\n' for number in range(150)))
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"text": "名\n')
+    inherited = {name: value for name, value in os.environ.items() if name not in ("LC_ALL", "PYTHONIOENCODING")}
+
+    def there(*arguments: Path | str) -> subprocess.CompletedProcess[bytes]:
+        script = [sys.executable, str(ROOT / "data_prep.py"), *map(str, arguments)]
+        return subprocess.run(script, check=False, capture_output=True, env={**inherited, **terminal})
+
+    output, prepared = tmp_path / "out", ("--tokenizer", "bytes", "--val-fraction", "0")
+    for arguments, shown in (
+        ((tmp_path / "a.jsonl", "--output", output, *prepared), rb"dataset: .*/out, digest"),
+        (("--inspect", output), rb"'\\u65e5\\u672c \d+'"),
+        (("--verify", output), rb"out is whole"),
+    ):
+        made = there(*arguments)
+        assert made.returncode == 0, made.stderr
+        assert re.search(shown, made.stdout), made.stdout
+        assert made.stderr == b""
+    refused = there(tmp_path / "b.jsonl", "--output", tmp_path / "other", "--strict", *prepared)
+    assert refused.returncode == 2
+    assert b"Traceback" not in refused.stderr
+    assert re.search(rb"--strict: .*, row 1: .*: .*\\u540d", refused.stderr), refused.stderr
+
+
+WITH_SMALL_UNITS = f"""
+import runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+sys.argv[:] = sys.argv[1:]
+import pipeline.data.preparing.flags as flags, pipeline.data.preparing.prepare as prepare
+from pipeline.data.reading.formats import TextRules
+class Small(TextRules):
+    def __new__(cls, **values):
+        return TextRules(**values, unit_bytes=6000)
+flags.TextRules = Small
+prepare.refuse_small_disk = lambda *_: None  # there was room when it began
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""data_prep.py with units of 6 kB. That the room is measured before the work must not be what stops it."""
+
+
+def small_units(folder: Path) -> list[str]:
+    """A command but for its output: some units of 12 kB of tokens, and last a document of which they take 800 kB."""
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": f"{number} " * 20}) + "\n" for number in range(900)))
+    (folder / "b.jsonl").write_text(json.dumps({"text": "word " * 80_000}) + "\n")
+    script = [sys.executable, "-c", WITH_SMALL_UNITS, str(ROOT / "data_prep.py")]
+    return [*script, str(folder / "*.jsonl"), "--tokenizer", "bytes", "--val-fraction", "0", "--output"]
+
+
+def met(script: list[str], folder: Path) -> str:
+    """What is said when there is no room for the last unit: one message, exit code 2."""
+    found = subprocess.run(script, check=False, capture_output=True, text=True)
+    assert found.returncode == 2, found.stderr
+    assert "Traceback" not in found.stderr
+    assert found.stderr.count("\n") == 1
+    output = folder / "disk" / "out"
+    assert (output / "train-00003.bin").exists()
+    assert not (output / "manifest.json").exists()
+    assert not [*output.rglob("*.tmp"), *output.glob("report-*")]
+    return found.stderr
+
+
+def goes_on_to_the_same(wanted: list[str], folder: Path) -> None:
+    """The same command, with room, keeps what is done and ends as one that always had it."""
+    output = folder / "disk" / "out"
+    kept = {path.name: path.stat().st_mtime_ns for path in output.glob("train-*.bin")}
+    again = subprocess.run([*wanted, str(output)], check=False, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert f"going on: {len(kept)} of " in again.stdout
+    assert kept.items() < {path.name: path.stat().st_mtime_ns for path in output.glob("train-*.bin")}.items()
+    fresh = subprocess.run([*wanted, str(folder / "fresh")], check=False, capture_output=True, text=True)
+    assert fresh.returncode == 0, fresh.stderr
+    contents = [{p.name: p.read_bytes() for p in sorted(at.iterdir())} for at in (output, folder / "fresh")]
+    assert contents[0] == contents[1]
+
+
+def test_a_limit_on_the_size_of_files_is_told_and_what_is_done_is_kept(tmp_path: Path) -> None:
+    """A write that fails in its middle, for real and without privileges."""
+    wanted = small_units(tmp_path)
+    limited = f"ulimit -f 200; exec {shlex.join([*wanted, str(tmp_path / 'disk' / 'out')])}"
+    said = met(["sh", "-c", limited], tmp_path)
+    assert re.match(r"error: a file in .*/disk/out would be larger than .* ulimit -f.*; finished units are kept", said)
+    goes_on_to_the_same(wanted, tmp_path)
+
+
+def test_a_disk_that_fills_up_is_told_and_what_is_done_is_kept(tmp_path: Path) -> None:
+    """A file system of 768 kB, where the system lets one be mounted."""
+    wanted = small_units(tmp_path)
+    (tmp_path / "disk").mkdir()
+    disk = shlex.quote(str(tmp_path / "disk"))
+    mounted = f"mount -t tmpfs -o size=768k none {disk}"
+    alone = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    if not shutil.which("unshare") or subprocess.run([*alone, mounted], check=False, capture_output=True).returncode:
+        pytest.skip("needs to be allowed to mount a file system of its own")
+    # it goes with the processes that see it, so what it holds at the end is copied to a place that stays
+    copied = f"code=$?; cp -a {disk}/out {disk}.copy && umount {disk} && cp -a {disk}.copy {disk}/out; exit $code"
+    run = shlex.join([*wanted, str(tmp_path / "disk" / "out")])
+    said = met([*alone, f"{mounted} && {run}; {copied}"], tmp_path)
+    assert re.match(
+        r"error: the disk of .*/disk/out is full \(.* free, about .* more are needed\); finished .*kept", said
+    )
+    goes_on_to_the_same(wanted, tmp_path)

@@ -40,6 +40,7 @@ def verify(path: str | Path) -> str:
     manifest = read_manifest(folder)
     tokenizer = TextTokenizer.from_file(folder / TOKENIZER_NAME, eos=manifest.eos_id)
     findings = list(_check_identity(manifest, tokenizer))
+    incomparable: list[str] = []
     for infos in manifest.splits.values():
         last = (0, 0)
         for info in infos:
@@ -48,7 +49,8 @@ def verify(path: str | Path) -> str:
             faults = _check_boundaries(shard)
             if not faults:
                 faults, last = _check_order(shard, last, inputs=len(manifest.inputs))
-                faults += [*_check_bitmaps(shard), *_check_ids(shard, manifest), *_check_texts(shard, tokenizer)]
+                faults += [*_check_bitmaps(shard), *_check_ids(shard, manifest)]
+                faults += _check_texts(shard, tokenizer, incomparable)
             findings += faults
     inputs = compare_inputs(folder, manifest) if not findings else InputState()
     if findings or inputs.changed:
@@ -56,6 +58,11 @@ def verify(path: str | Path) -> str:
         remedy = [] if not findings else ["remove the files named and run the command that prepared it again"]
         raise UserError("\n  ".join([f"{path} {state}:", *findings, *inputs.changed, *remedy]))
     notes = [f"\nnote: {name} bears another time, but holds the same documents" for name in inputs.touched]
+    if incomparable:
+        notes.append(
+            f"\nnote: {counted(len(incomparable), 'document')} of the sample, such as {incomparable[0]}, could not be "
+            "compared with the text: unknown tokens stand for some of it"
+        )
     if inputs.gone:
         notes.append(f"\nnote: not here to be compared: {inputs.gone} of {counted(len(manifest.inputs), 'input')}")
     documents = sum(info.documents for infos in manifest.splits.values() for info in infos)
@@ -138,8 +145,11 @@ def _check_ids(shard: Shard, manifest: Manifest) -> Iterator[str]:
             yield f"{shard.info.name}.bin: in tokens {start} to {start + len(block)} EOS is not just at document ends"
 
 
-def _check_texts(shard: Shard, tokenizer: TextTokenizer) -> Iterator[str]:
-    """A document decodes to the text whose hash was recorded, or, where decoding loses something, encodes alike."""
+def _check_texts(shard: Shard, tokenizer: TextTokenizer, incomparable: list[str]) -> Iterator[str]:
+    """A document decodes to the text whose hash was recorded, or, where decoding loses something, encodes alike.
+
+    `incomparable` is told of those that can do neither: what an unknown token stood for is lost.
+    """
     count = shard.info.documents
     for number in sorted({count * i // _SAMPLED_DOCUMENTS for i in range(_SAMPLED_DOCUMENTS)}):
         length, start = int(shard.lengths[number]), int(shard.pointers[number]) // shard.dtype.itemsize
@@ -149,7 +159,11 @@ def _check_texts(shard: Shard, tokenizer: TextTokenizer) -> Iterator[str]:
         text = tokenizer.decode(ids)
         digest = xxhash.xxh3_128_intdigest(text.encode(errors="replace"))
         low, high = (int(half) for half in shard.documents["hash"][number])
-        if digest != low | high << 64 and tokenizer.encode(text) != ids:
+        if digest == low | high << 64:
+            continue
+        if tokenizer.unknown_id is not None and tokenizer.unknown_id in ids:
+            incomparable.append(f"{shard.info.name}, document {number}")
+        elif tokenizer.encode(text) != ids:
             yield f"{shard.info.name}, document {number}: decodes to another text than it was made from"
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,10 +82,12 @@ def split_rule(request: Request, seen: Survey, corpus: Corpus, console: Console)
 
 def make_tokenizer(request: Request, units: Sequence[Unit]) -> TextTokenizer:
     """The tokenizer asked for, made from the corpus where it has to be."""
-    if not needs_corpus(request.tokenizer):
-        return load_tokenizer(request.tokenizer, eos=request.eos)
-    texts = all_texts(units, request.rules) if request.tokenizer == "chars" else training_texts(units, request.rules)
-    return load_tokenizer(request.tokenizer, texts=texts, eos=request.eos)
+    texts: Iterable[str] = ()
+    if needs_corpus(request.tokenizer):
+        of = all_texts if request.tokenizer == "chars" else training_texts
+        texts = of(units, request.rules)
+    made = load_tokenizer(request.tokenizer, texts=texts, eos=request.eos)
+    return made.ending_documents(origin=request.tokenizer)
 
 
 def encoder_for(request: Request, tokenizer: TextTokenizer, seen: Survey, units: Sequence[Unit]) -> tuple[Encoder, str]:

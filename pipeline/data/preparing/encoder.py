@@ -82,7 +82,7 @@ class Encoder:
         definition = tokenizer.definition
         self.backend = backend
         self.documents = self.text_bytes = self.tokens = self.audited = 0
-        self.unknown_id = _unknown_id(definition["model"], tokenizer)
+        self.unknown_id = tokenizer.unknown_id
         self.tokenizer = tokenizer
         self.divisible = divisible(definition)
         self._specials = _by_prefix(added_tokens(definition, special=True))
@@ -335,14 +335,6 @@ def _difference(
                 f"{at} on: gigatoken {ours[at : at + 5].tolist()}, tokenizers {theirs[at : at + 5].tolist()}"
             )
     return None
-
-
-def _unknown_id(model: dict[str, Any], tokenizer: TextTokenizer) -> int | None:
-    if model.get("unk_id") is not None:  # Unigram
-        return int(model["unk_id"])
-    token = model.get("unk_token")
-    number = None if token is None else tokenizer.tokenizer.token_to_id(token)
-    return None if number is None else int(number)
 
 
 def _by_prefix(tokens: Sequence[dict[str, Any]]) -> list[tuple[bytes, re.Pattern[bytes]]]:

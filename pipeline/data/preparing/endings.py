@@ -45,6 +45,11 @@ def disk_errors(output: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in FULL:
             raise disk_full(output) from None
+        if error.errno == errno.EFBIG:
+            raise UserError(
+                f"a file in {output} would be larger than is allowed here (see ulimit -f); finished units are kept: "
+                f"raise the limit and go on with: {_same_command()}"
+            ) from None
         if isinstance(error, PermissionError | FileExistsError | NotADirectoryError) or error.errno == errno.EROFS:
             raise UserError(f"cannot write to {output}: {error}; choose another --output") from None
         raise

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from pipeline.data.manifest import (
     SplitName,
     data_digest,
 )
-from pipeline.data.preparing.ledger import ledgers
+from pipeline.data.preparing.ledger import StreamEnd, ledgers
 from pipeline.data.preparing.request import input_infos
 from pipeline.data.preparing.unit import UnitReport, UnitSettings
 from pipeline.data.reading.corpus import Corpus
@@ -37,22 +37,71 @@ from pipeline.errors import UserError, counted
 QUARANTINE_NAME = "quarantine.jsonl"
 
 
-def too_many_bad(reports: Sequence[UnitReport], corpus: Corpus, *, max_bad: float, done: float) -> UserError | None:
+def too_many_bad(reports: Sequence[UnitReport], corpus: Corpus, *, max_bad: float) -> UserError | None:
     """The error, with three examples, when more than `max_bad` of all records were rejected.
 
-    `reports` are those of the beginning of the corpus, in order, the share `done` (0 to 1) of it: then so many are
-    bad that the rest can hardly make up for it.
+    `reports`: those of all units, in order.
     """
     dropped = sum(report.dropped for report in reports)
     records = dropped + sum(report.documents for report in reports)
-    if not records or dropped <= max_bad * records / done:
+    if dropped <= max_bad * records:
         return None
-    so_far = "" if done == 1 else " so far"
+    return _too_many_bad(reports, corpus, dropped, records, max_bad=max_bad)
+
+
+def _too_many_bad(
+    reports: Sequence[UnitReport], corpus: Corpus, dropped: int, records: int, *, max_bad: float, so_far: str = ""
+) -> UserError:
     return UserError(
         f"{dropped} of {records} records{so_far} are bad ({dropped / records:.2%}), --max-bad allows {max_bad:.2%}"
         f"{_examples(reports, corpus)}\n"
         "  mend the input, or allow more with --max-bad F; finished units are kept"
     )
+
+
+class Beginning:
+    """The units from the first on that are done, without a gap, and what their reports come to.
+
+    `done` and `ends` are the reports and the ends of streams as they come. Each is looked at once, however often
+    `advance` is called: there may be a hundred thousand units, and they are judged after each.
+    """
+
+    def __init__(
+        self, units: Sequence[Unit], done: Mapping[tuple[int, int], UnitReport], ends: Mapping[int, StreamEnd]
+    ) -> None:
+        self._units, self._done, self._ends = units, done, ends
+        self._reports: list[UnitReport] = []
+        self._next = self._parts = 0  # the unit that comes next, and how many of its parts are known to be done
+        self._size, self._total = 0, sum(unit.size for unit in units)
+        self.records = self._dropped = 0
+
+    def advance(self) -> None:
+        """Take in what was done since."""
+        while self._next < len(self._units) and self._is_done(unit := self._units[self._next]):
+            self._take(unit)
+            self._next, self._parts = self._next + 1, 0
+
+    def _is_done(self, unit: Unit) -> bool:
+        while (unit.number, self._parts) in self._done:
+            self._parts += 1
+        end = self._ends.get(unit.number)
+        return self._parts >= (end.parts if end else 1) and (end is not None or not unit.stream)
+
+    def _take(self, unit: Unit) -> None:
+        reports = [self._done[unit.number, part] for part in range(self._parts)]
+        self._reports += reports
+        self._size += unit.size
+        dropped = sum(report.dropped for report in reports)
+        self._dropped += dropped
+        self.records += dropped + sum(report.documents for report in reports)
+
+    def too_many_bad(self, corpus: Corpus, *, max_bad: float) -> UserError | None:
+        """The error when so many are bad that the rest of the corpus, by size, can hardly make up for it."""
+        share = self._size / (self._total or 1)
+        if not share or self._dropped <= max_bad * self.records / share:
+            return None
+        so_far = "" if share == 1 else " so far"
+        return _too_many_bad(self._reports, corpus, self._dropped, self.records, max_bad=max_bad, so_far=so_far)
 
 
 def no_documents(drops: Counter[str], examples: Sequence[Rejected], corpus: Corpus) -> UserError:
@@ -85,13 +134,19 @@ def _lines(rejected: Sequence[Rejected], corpus: Corpus) -> str:
 
 
 def refuse_empty_split(reports: Sequence[UnitReport], settings: UnitSettings) -> None:
-    """Raise `UserError` when a split that was asked for got nothing; the units, of no use to anyone, are removed."""
+    """Raise `UserError` when a split that was asked for got nothing.
+
+    The units, of no use to anyone, are removed; but not where inputs were given for validation: those of the other
+    split are good, and the next run keeps them.
+    """
     documents = sum(report.documents for report in reports)
     rule = settings.split
     wanted = SPLITS if rule.mode != "none" else SPLITS[:1]
     empty = [split for split in wanted if not any(split in report.shards for report in reports)]
     if not empty:
         return
+    if rule.mode == "given":
+        raise empty_inputs(empty[0], kept=True)
     for name in [name for report in reports for name in report.files()] + [TOKENIZER_NAME]:
         (settings.output / name).unlink(missing_ok=True)
     for ledger in ledgers(settings.output):  # shares had theirs; they would hold the user to the settings that failed
@@ -100,15 +155,18 @@ def refuse_empty_split(reports: Sequence[UnitReport], settings: UnitSettings) ->
         lowest = min(report.lowest_draw for report in reports)
         scale = 10.0 ** (2 - math.floor(math.log10((lowest + 1) / 2**64)))
         remedy = f"--val-fraction {math.ceil(lowest / 2**64 * scale + 1) / scale:g} would hold out at least one"
-    elif rule.mode == "given":
-        raise UserError(
-            f"{empty[0]} is empty: no document in the {'inputs of --val-input' if empty == ['val'] else 'other inputs'}"
-        )
     else:
         remedy = "choose another --val-fraction (0 for no validation split), or give more text"
     raise UserError(
         f"--val-fraction {rule.fraction:g} leaves {empty[0]} empty with {counted(documents, 'document')}; {remedy}"
     )
+
+
+def empty_inputs(split: SplitName, *, kept: bool) -> UserError:
+    """The error for a split without a document where --val-input says which inputs are whose."""
+    inputs = "the inputs of --val-input" if split == "val" else "the other inputs"
+    units = "; finished units are kept" if kept else ""
+    return UserError(f"{split} is empty: no document in {inputs}; mend them and run the same command again{units}")
 
 
 def done_without(unit: Unit, reason: str) -> tuple[FailedUnit, UnitReport]:

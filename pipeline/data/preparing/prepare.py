@@ -6,11 +6,11 @@ what a ledger records is kept by the next run of the same command, everything el
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,9 @@ from pipeline.data.preparing.decide import (
 from pipeline.data.preparing.endings import FULL, disk_errors, disk_full, stopped
 from pipeline.data.preparing.executors import CutEnd, Failure, Place, UnitRun, open_place
 from pipeline.data.preparing.finish import (
+    Beginning,
     done_without,
+    empty_inputs,
     manifest_of,
     no_documents,
     refuse_empty_split,
@@ -51,7 +53,7 @@ from pipeline.data.preparing.request import (
     refuse_foreign,
     sizes_agree,
 )
-from pipeline.data.preparing.survey import estimate, refuse_small_disk, survey
+from pipeline.data.preparing.survey import estimate, holds_validation, refuse_small_disk, survey
 from pipeline.data.preparing.unit import (
     UnitReport,
     UnitSettings,
@@ -129,8 +131,11 @@ class _Preparation:
         self.units = plan_units(corpus.sources, request.rules)
         place.warm(begin_worker, workers=len(self.units))
         seen = survey(self.units, request.rules)
-        if not (seen.documents or seen.damaged) and not any(source.held_out for source in corpus.sources):
-            raise no_documents(seen.drops, seen.examples, corpus)
+        given = any(source.held_out for source in corpus.sources)
+        if not (seen.documents or seen.damaged):
+            raise empty_inputs("train", kept=False) if given else no_documents(seen.drops, seen.examples, corpus)
+        if given and not holds_validation(self.units, request.rules):
+            raise empty_inputs("val", kept=False)
         rule = split_rule(request, seen, corpus, console)
         tokenizer = self._tokenizer()
         if request.backend != "tokenizers" and is_worth_proof(request, self.units):
@@ -156,6 +161,7 @@ class _Preparation:
         self.ends: dict[int, StreamEnd] = {}
         self.lost: list[UnitReport] = []
         self._keep()
+        self.beginning = Beginning(self.units, self.done, self.ends)
         size = sum(unit.size for unit in self._todo())
         left = estimate(seen.sample, size, encoder=encoder, vocab_size=tokenizer.vocab_size, workers=1)
         refuse_small_disk(self.output, left.disk_bytes)
@@ -207,7 +213,7 @@ class _Preparation:
         self._write_ledger()
         if self.request.share:
             return None
-        bad = too_many_bad(ordered, self.corpus, max_bad=self.request.max_bad, done=1)
+        bad = too_many_bad(ordered, self.corpus, max_bad=self.request.max_bad)
         if bad:
             raise bad
         refuse_empty_split(ordered, self.settings)
@@ -228,6 +234,7 @@ class _Preparation:
         """The tokenizer asked for; the one of an earlier run, where a ledger vouches for it, is not made twice."""
         try:
             saved = TextTokenizer.from_file(self.output / TOKENIZER_NAME, eos=self.request.eos)
+            saved = saved.ending_documents(origin=TOKENIZER_NAME)
         except UserError:  # not there, or damaged
             return make_tokenizer(self.request, self.units)
         wanted = header_of(self.identity, self.corpus, tokenizer_fingerprint=saved.fingerprint)
@@ -346,14 +353,10 @@ class _Preparation:
 
     def _early_verdict(self) -> None:
         """Stop as soon as the beginning of the corpus shows that there are too many bad records."""
-        begun = list(takewhile(self._is_done, self.units))
-        numbers = {unit.number for unit in begun}
-        reports = [self.done[place] for place in sorted(self.done) if place[0] in numbers]
-        if sum(report.documents + report.dropped for report in reports) < EARLY_VERDICT_RECORDS:
+        self.beginning.advance()
+        if self.beginning.records < EARLY_VERDICT_RECORDS:
             return
-        share = sum(unit.size for unit in begun) / sum(unit.size for unit in self.units)
-        bad = too_many_bad(reports, self.corpus, max_bad=self.request.max_bad, done=share)
-        if bad:
+        if bad := self.beginning.too_many_bad(self.corpus, max_bad=self.request.max_bad):
             raise bad
 
     def _write_ledger(self) -> None:
@@ -362,18 +365,23 @@ class _Preparation:
         entries: list[Entry] = [self.done[place] for place in sorted(self.done) if place[0] in numbers]
         self.ledger.write(self.header, [*entries, *(self.ends[n] for n in sorted(self.ends) if n in numbers)])
         for path in self.output.glob("report-*.json"):
-            if int(path.name[7:12]) in numbers:
+            if unit_number(path) in numbers:
                 path.unlink()
 
     def _clean(self) -> None:
         """Remove what a kill left behind: temporary files and parts of streams, of our own units only."""
         names = {unit.number for unit in self._mine()}
         for path in self.output.glob("*.tmp"):
-            number = path.name.partition("-")[2][:5]
-            if not self.request.share or (number.isdecimal() and int(number) in names):
+            if not self.request.share or unit_number(path) in names:
                 path.unlink(missing_ok=True)
         for path in (self.output / SPOOL_NAME).glob("*"):
-            if int(path.name[:5]) in names:
+            if unit_number(path) in names:
                 path.unlink(missing_ok=True)
         if not self.request.share:
             shutil.rmtree(self.output / SPOOL_NAME, ignore_errors=True)
+
+
+def unit_number(path: Path) -> int | None:
+    """Whose unit's a file is: `train-00012.bin`, `report-100001-0003.json`, or `00012-0003` of a stream."""
+    found = re.match(r"(?:[a-z]+-)?(\d{5,})(?!\d)", path.name)
+    return int(found[1]) if found else None

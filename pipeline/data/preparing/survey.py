@@ -65,7 +65,7 @@ def survey(units: Sequence[Unit], rules: TextRules) -> Survey:
             documents += 1
             seen += len(record.content)
         if documents >= MANY_DOCUMENTS or (documents >= FEW_DOCUMENTS and seen >= LOOKED_AT_BYTES):
-            share = seen / sum(unit.size for unit in units)
+            share = seen / (sum(unit.size for unit in units) or seen)
             break
     else:
         share = 1.0
@@ -75,6 +75,17 @@ def survey(units: Sequence[Unit], rules: TextRules) -> Survey:
     for unit in chosen:
         sample += _beginning(unit, rules, SAMPLED_BYTES // len(chosen))
     return Survey(documents, int(documents / share), tuple(sample), drops, tuple(examples), damaged=bool(damaged))
+
+
+def holds_validation(units: Sequence[Unit], rules: TextRules) -> bool:
+    """Whether the inputs given for validation hold a document. True, too, where that is not to be told soon."""
+    damaged: list[str] = []
+    pieces = (replace(unit, pieces=(piece,)) for unit in units for piece in unit.pieces if piece.source.held_out)
+    records = (record for piece in pieces for record in _readable(piece, rules, damaged))
+    for looked_at, record in enumerate(records):
+        if isinstance(record, Document) or looked_at >= MANY_DOCUMENTS:
+            return True
+    return bool(damaged)
 
 
 def _held_out(unit: Unit, document: Document) -> bool:
@@ -152,7 +163,8 @@ def training_texts(units: Sequence[Unit], rules: TextRules) -> list[str]:
             break
         pool.append(unit)
         size += unit.size
-    return [content.decode() for content in training_sample(_contents(pool, rules), TRAINING_SAMPLE_BYTES)]
+    contents = _up_to(_contents(pool, rules), TRAINING_POOL_BYTES)  # a compressed unit may be any size
+    return [content.decode() for content in training_sample(contents, TRAINING_SAMPLE_BYTES)]
 
 
 def all_texts(units: Sequence[Unit], rules: TextRules) -> Iterator[str]:
@@ -165,6 +177,16 @@ def _contents(units: Iterable[Unit], rules: TextRules) -> Iterator[bytes]:
         for record in _readable(unit, rules, []):
             if isinstance(record, Document):
                 yield record.content
+
+
+def _up_to(contents: Iterable[bytes], limit: int) -> Iterator[bytes]:
+    """The first documents, until they come to `limit` bytes."""
+    read = 0
+    for content in contents:
+        yield content
+        read += len(content)
+        if read >= limit:
+            return
 
 
 def training_sample(contents: Iterable[bytes], limit: int) -> list[bytes]:

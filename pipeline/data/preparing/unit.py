@@ -12,14 +12,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from secrets import token_hex
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Self
 
 import numpy as np
 import orjson
 import xxhash
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.data.manifest import SPLITS, TOKENIZER_NAME, ShardInfo, SplitName, digest_of
@@ -64,14 +66,8 @@ class UnitSettings:
         All parts of a stream bear one key, for where they begin and end follows from its source and the rules.
         """
         values = asdict(self)
-        for name in (
-            "output",
-            "backend",
-            "strict",
-            "allow_failed",
-            "workers",
-        ):  # not what
-            del values[name]
+        for how in ("output", "backend", "strict", "allow_failed", "workers"):
+            del values[how]
         whole = unit.stream or unit.part is not None
         pieces = [
             [piece.source.name, piece.source.kind, piece.source.fingerprint, piece.source.held_out, piece.index]
@@ -171,7 +167,8 @@ def _write(unit: Unit, settings: UnitSettings, encoder: Encoder, on_batch: OnBat
         sinks: dict[SplitName, _Sink] = {}
         for name in SPLITS:
             writer = ShardWriter(settings.output, f"{name}-{unit.name}", vocab_size=settings.vocab_size)
-            sinks[name] = _Sink(stack.enter_context(writer), encoder, settings.eos_id, on_batch)
+            where = partial(_where, unit)
+            sinks[name] = _Sink(stack.enter_context(writer), encoder, settings.eos_id, on_batch=on_batch, where=where)
         quarantine = stack.enter_context(_Quarantine(settings.output, unit))
         for record in reading.records(unit, settings.rules):
             if isinstance(record, Rejected):
@@ -241,11 +238,16 @@ class _Reading:
 
 def _refused(record: Rejected, unit: Unit, *, strict: bool) -> Rejected:
     if strict:
-        piece = next(piece for piece in unit.pieces if piece.index == record.source)
-        counted = f" counted from {piece.start}" if piece.start else ""
-        where = f"{piece.source.name}, row {record.row}{counted}"
+        where = _where(unit, record.source, record.row)
         raise UserError(f"--strict: {where}: {record.reason}: {record.excerpt[:80]}")
     return record
+
+
+def _where(unit: Unit, source: int, row: int) -> str:
+    """A row of a unit, for a person to find."""
+    piece = next(piece for piece in unit.pieces if piece.index == source)
+    counted = f" counted from {piece.start}" if piece.start else ""
+    return f"{piece.source.name}, row {row}{counted}"
 
 
 class _Quarantine:
@@ -291,8 +293,17 @@ class _Quarantine:
 class _Sink:
     """Gathers texts, encodes them by the batch, ends each with EOS and hands them to a shard."""
 
-    def __init__(self, writer: ShardWriter, encoder: Encoder, eos_id: int, on_batch: OnBatch | None) -> None:
-        self._writer, self._encoder, self._on_batch = writer, encoder, on_batch
+    def __init__(
+        self,
+        writer: ShardWriter,
+        encoder: Encoder,
+        eos_id: int,
+        *,
+        on_batch: OnBatch | None,
+        where: Callable[[int, int], str],
+    ) -> None:
+        """`where` puts a source and a row in words."""
+        self._writer, self._encoder, self._on_batch, self._where = writer, encoder, on_batch, where
         self._eos_id = eos_id
         self._contents: list[bytes] = []
         self._sources: list[int] = []
@@ -322,6 +333,8 @@ class _Sink:
         if not self._writer.n_tokens:
             self.first_source = self._sources[0]
         ids, lengths = self._encoder.encode(contents, end=self._eos_id)
+        if np.count_nonzero(ids == self._eos_id) != len(contents):
+            self._refuse_end_inside(ids, lengths)
         documents = np.zeros(len(contents), DOCUMENT_DTYPE)
         documents["text_bytes"] = np.fromiter(map(len, contents), np.int64, count=len(contents))
         documents["source"], documents["row"] = self._sources, self._rows
@@ -333,7 +346,17 @@ class _Sink:
             self._on_batch(self._bytes, len(ids))
         self._contents, self._sources, self._rows, self._bytes = [], [], [], 0
 
-    def _notice(self, contents: list[bytes], ids: np.ndarray[Any, np.dtype[np.uint32]]) -> None:
+    def _refuse_end_inside(self, ids: NDArray[np.uint32], lengths: NDArray[np.int64]) -> None:
+        """A document that ends within would be two to training, and damage to `--verify`."""
+        ends = np.bincount(np.searchsorted(np.cumsum(lengths), np.flatnonzero(ids == self._eos_id), side="right"))
+        number = int(np.argmax(ends > 1))
+        where, token = self._where(self._sources[number], self._rows[number]), self._encoder.tokenizer.eos_token
+        fault = f"{where}: text in it is encoded with {token!r} (id {self._eos_id}), the token that ends documents"
+        if self._encoder.backend != "tokenizers":  # which knows how to go round it
+            raise EncoderMismatch(fault)
+        raise UserError(f"{fault}; choose another with --eos TOKEN, or leave this text out")
+
+    def _notice(self, contents: list[bytes], ids: NDArray[np.uint32]) -> None:
         """Count what is kept as it stands but worth knowing."""
         self.noticed["documents with NUL"] += sum(b"\0" in content for content in contents)
         self.noticed["documents with the text of a special token"] += self._encoder.special_text(contents)
