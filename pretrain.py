@@ -63,10 +63,11 @@ def pretrain(config: Config, data: TrainingData, runtime: Runtime) -> None:
     trainer.load_loss_scale(state.loss_scale)
     needs = run.store.requirements(state, model=parallel.model, optimizer=optimizer)
     announce(config, state, parallel=parallel, loader=loader, data=data, blend=blend, needs=needs, runtime=runtime)
-    while state.step < config.total_steps:  # once, but for spikes that the run goes back from
-        schedule, first = state.rows_of, state.step + 1
-        with Prefetcher(loader, schedule=schedule, first_step=first, device=runtime.device) as batches:
-            state = train(run, state, batches, trainer=trainer, validation=validation)
+    with run.store.completing():
+        while state.step < config.total_steps:  # once, but for spikes that the run goes back from
+            schedule, first = state.rows_of, state.step + 1
+            with Prefetcher(loader, schedule=schedule, first_step=first, device=runtime.device) as batches:
+                state = train(run, state, batches, trainer=trainer, validation=validation)
     run.finish(state)
 
 
@@ -78,6 +79,8 @@ def train(
     meter = meter_of(config, trainer.parallel.model, runtime)
     if not state.evaluated:  # the evaluation in which the run was stopped
         state = run.evaluate(state, trainer.parallel, validation)
+        if not state.evaluated:  # cut short again: after another step it would be lost
+            raise run.stopped(state)
     for step, batch in zip(range(state.step + 1, last + 1), batches, strict=False):
         result = trainer.step(batch, step=step, lr=learning_rate(step, config))
         before, state = state, state.after(targets=result.targets, loss=result.loss, skipped=result.skipped)

@@ -51,7 +51,8 @@ class TrainConfig(Section):
     """Updates that a run may leave out; the next one stops it."""
 
     on_spike: Literal["ignore", "rollback"] = "ignore"
-    """rollback: go back to the newest checkpoint when the loss jumps, and leave out the rows since then."""
+    """rollback: when the loss jumps, go back to the newest checkpoint that checkpoint.every asked for, and leave out
+    the rows since then."""
     spike_deviations: PositiveFloat = 6.0
     """rollback: a jump is a loss of so many standard deviations above the mean of the last 64."""
     max_rollbacks: PositiveInt = 3

@@ -379,13 +379,40 @@ def test_older_ones_that_cannot_be_removed_are_warned_of(
     assert names_in(store) == ["step-00000007", "step-00000008"]
 
 
-def test_what_is_kept_needs_as_much_disk_as_was_said(store: CheckpointStore) -> None:
-    """Before the first update, and with checkpoints there. 100 steps: each fifth saved, 2 kept, each tenth for ever."""
+@pytest.mark.parametrize("keep", [1, 2, 3, 30])
+@pytest.mark.parametrize("keep_every", [None, 5, 10, 50])
+@pytest.mark.parametrize("steps", [4, 98, 100])
+def test_what_is_kept_needs_as_much_disk_as_was_said(
+    keep: int, keep_every: int | None, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole course is saved: of all folders that there were at once the most is what was said, at any step before."""
+    config = config_of(every=5, keep=keep, keep_every=keep_every, asynchronous=False)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
+    store = CheckpointStore(tmp_path, config, tokenizer_json=b"{}", runtime=Runtime.start(config))
+    model, optimizer = trained(config, steps=0)
+    publish, most = LocalShelf.publish, {0: 0}
+
+    def counted(shelf: LocalShelf, step: int) -> Path:
+        here = len(list(tmp_path.iterdir()))
+        most.update({before: max(seen, here) for before, seen in most.items()})
+        return publish(shelf, step)
+
+    monkeypatch.setattr(LocalShelf, "publish", counted)
+    said = {0: store.requirements(state_at(0), model=model, optimizer=optimizer).at_once}
+    for step in sorted({*range(5, steps + 1, 5), steps}):
+        save(store, state_at(step), model=model, optimizer=optimizer)
+        most[step] = len(list(tmp_path.iterdir()))
+        said[step] = store.requirements(state_at(step), model=model, optimizer=optimizer).at_once
+    assert said == most
+
+
+def test_one_checkpoint_takes_as_much_disk_as_was_said(store: CheckpointStore) -> None:
+    """Before the first update, whose moments are still to come. 100 steps: each fifth saved, 2 kept."""
     fresh, no_moments = trained(store.config, steps=0)
     model, optimizer = trained(store.config)
     needs = store.requirements(state_at(0), model=fresh, optimizer=no_moments)
-    assert needs.at_once == 2 + 1 + 10
-    assert needs.needed == 13 * needs.checkpoint
+    assert needs.at_once == 8 + 2 + 1, "steps 10 to 80 for ever, 90 and 95 as the newest, and 100 under way"
+    assert needs.needed == 11 * needs.checkpoint
     assert needs.free is not None
     assert needs.fits
     path = save(store, state_at(5), model=model, optimizer=optimizer)
@@ -393,8 +420,7 @@ def test_what_is_kept_needs_as_much_disk_as_was_said(store: CheckpointStore) -> 
     assert needs.checkpoint <= tensors <= needs.checkpoint + 10_000
     later = store.requirements(state_at(5), model=model, optimizer=optimizer)
     assert later.checkpoint == needs.checkpoint
-    assert (later.at_once, later.needed) == (13, 12 * needs.checkpoint)
-    assert store.requirements(state_at(95), model=model, optimizer=optimizer).at_once == 2
+    assert (later.at_once, later.needed) == (11, 10 * needs.checkpoint)
     assert not DiskNeeds(10, 3, 30, 29).fits
     assert DiskNeeds(10, 3, 30, None).fits
 
@@ -549,6 +575,13 @@ def test_a_phase_begins_where_shares_change_and_nowhere_else() -> None:
     state = state.continued(other, Ramp((), 4))
     assert [phase.row for phase in state.phases] == [0, 4]
     assert state.continued((source("c"),), Ramp((), 4)).phases[1:] == (Phase(row=4, sources=(source("c"),)),)
+
+
+def test_the_precision_is_the_one_that_a_run_goes_on_with() -> None:
+    sources, ramp = (source("d"),), Ramp((), 4)
+    state = state_at(3).continued(sources, ramp, precision="torch.bfloat16")
+    assert state.precision == "torch.bfloat16"
+    assert state.continued(sources, ramp).precision == "torch.bfloat16", "nothing was computed"
 
 
 def test_a_state_of_another_format_or_a_torn_one_is_named(tmp_path: Path) -> None:

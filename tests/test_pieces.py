@@ -19,6 +19,7 @@ from pipeline.errors import UserError
 from pipeline.train.saving import pieces as module
 from pipeline.train.saving.pieces import (
     Piece,
+    StoredTensor,
     check_fit,
     chunk,
     header_of,
@@ -54,9 +55,14 @@ def write(folder: Path, tensors: dict[str, Tensor], *, ranks: int) -> list[Path]
     return files
 
 
+def headers(folder: Path) -> dict[str, StoredTensor]:
+    """Of all files there."""
+    return read_headers(sorted(folder.glob("*.safetensors")), folder=folder)
+
+
 def read_rows(folder: Path, name: str, like: Tensor) -> Tensor:
     target = Piece.of(name, torch.zeros_like(like), rank=0, world_size=1)
-    read_tensor(read_headers(folder)[name], target)
+    read_tensor(headers(folder)[name], target)
     return target.local.reshape(like.shape)
 
 
@@ -120,7 +126,7 @@ def test_any_rows_are_read_from_any_files_and_no_others(
     tmp_path: Path, ranks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path, TENSORS, ranks=ranks)
-    stored = read_headers(tmp_path)
+    stored = headers(tmp_path)
     assert stored.keys() == TENSORS.keys() - {"none"}
     read: list[int] = []
     original = module.read_into
@@ -152,7 +158,7 @@ def test_rows_in_no_file_are_named(tmp_path: Path) -> None:
         read_rows(tmp_path, "matrix", TENSORS["matrix"])
     files[3].unlink()
     with pytest.raises(UserError, match=r"holds no \.safetensors files"):
-        read_headers(tmp_path / "nowhere")
+        read_headers([], folder=tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -179,7 +185,7 @@ def test_rows_in_no_file_are_named(tmp_path: Path) -> None:
 def test_what_is_no_safetensors_file_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=r"x\.safetensors cannot be read as safetensors"):
-        read_headers(tmp_path)
+        headers(tmp_path)
 
 
 def test_files_that_contradict_each_other_are_named(tmp_path: Path) -> None:
@@ -188,7 +194,7 @@ def test_files_that_contradict_each_other_are_named(tmp_path: Path) -> None:
     [other] = write(tmp_path / "sub", {"a": torch.zeros(4, 3)}, ranks=1)
     other.rename(tmp_path / "9.safetensors")
     with pytest.raises(UserError, match=r"9\.safetensors cannot be read as safetensors: .*a is "):
-        read_headers(tmp_path)
+        headers(tmp_path)
 
 
 def test_a_truncated_file_is_named(tmp_path: Path) -> None:
@@ -201,7 +207,7 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     write(tmp_path, {"a": torch.zeros(4, 2), "b": torch.zeros(1)}, ranks=1)
     with pytest.raises(UserError) as raised:
-        check_fit(read_headers(tmp_path), {"a": torch.zeros(2, 4), "c": torch.zeros(1)}, where=tmp_path)
+        check_fit(headers(tmp_path), {"a": torch.zeros(2, 4), "c": torch.zeros(1)}, where=tmp_path)
     for fault in ("c is missing", "b is too many", "a: wanted (2, 4), found (4, 2)"):
         assert fault in str(raised.value)
 

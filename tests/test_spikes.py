@@ -60,6 +60,10 @@ def test_going_back_leaves_out_the_rows_up_to_the_spike() -> None:
     assert back.rows_of(5) == (states[9].rows, 4)
     assert back.rows_of(6) == (states[9].rows + 4, 4)
     assert [back.rows_of(step) for step in (1, 2, 3, 4)] == [(0, 1), (1, 1), (2, 4), (6, 4)], "what was learned stays"
+    changed = back.continued((), back.batches[-1].ramp, precision="torch.bfloat16")
+    changed = changed.model_copy(update={"phases": (*changed.phases, Phase(row=back.rows, sources=()))})
+    kept = changed.after(targets=1, loss=1.0).rolled_back(states[4])
+    assert (kept.phases, kept.precision) == (changed.phases, "torch.bfloat16"), "what changed since then stays so"
     again = back.after(targets=1, loss=1.0).rolled_back(back)
     assert again.rows_of(5) == (states[9].rows + 4, 4)
     assert len(again.batches) == 2

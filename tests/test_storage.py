@@ -122,8 +122,12 @@ def test_a_damaged_one_is_kept_but_counts_no_more(folder: Location) -> None:
     if isinstance(folder, Path):
         assert kept == ["step-00000001.damaged", "step-00000001.damaged1"]
     else:
-        assert kept == ["step-00000001"]
-        assert DAMAGED_MANIFEST in names(entries(folder / "step-00000001"))
+        assert kept == ["step-00000001", "step-00000001.damaged"]
+        for place in entries(folder):
+            assert set(names(entries(place))) == {DAMAGED_MANIFEST, "model"} | (
+                {"optimizer"} & set(names(entries(place)))
+            )
+            assert read_bytes(place / "model" / "weights") == b"1", "the first was not lost when the second was written"
 
 
 def test_other_things_in_the_folder_are_left_alone(folder: Location) -> None:

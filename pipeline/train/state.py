@@ -91,17 +91,25 @@ class TrainState(BaseModel):
         return self.model_copy(update=changed)
 
     def rolled_back(self, to: TrainState) -> TrainState:
-        """The state `to`, an earlier one, from which the run goes on with the rows after those of this one."""
+        """The state `to`, an earlier one, from which the run goes on with the rows after those of this one.
+
+        What changed since `to` was written stays changed: datasets, sizes of batches, precision.
+        """
         batches = (*(sizes for sizes in self.batches if sizes.after < to.step),)
         batches += (BatchSizes(after=to.step, row=self.rows, ramp=self.batches[-1].ramp),)
         rollbacks = (*self.rollbacks, Rollback(spike=self.step, to=to.step))
-        return to.model_copy(update={"rows": self.rows, "batches": batches, "rollbacks": rollbacks})
+        changed = {"phases": self.phases, "batches": batches, "precision": self.precision}
+        return to.model_copy(update={"rows": self.rows, "rollbacks": rollbacks, **changed})
 
-    def continued(self, sources: tuple[PhaseSource, ...], ramp: Ramp) -> TrainState:
-        """The state from which a run goes on with these datasets and sizes of batches, perhaps new ones."""
+    def continued(self, sources: tuple[PhaseSource, ...], ramp: Ramp, *, precision: str | None = None) -> TrainState:
+        """The state from which a run goes on with these datasets, sizes of batches and precision, perhaps new ones.
+
+        precision: the resolved one; None where nothing is computed.
+        """
         batches = self.batches
         if ramp != batches[-1].ramp:
             batches = (*(sizes for sizes in batches if sizes.after < self.step),)
             batches += (BatchSizes(after=self.step, row=self.rows, ramp=ramp),)
         phases = continued(self.phases, sources, row=self.rows)
-        return self.model_copy(update={"batches": batches, "phases": phases})
+        changed = {"batches": batches, "phases": phases, "precision": precision or self.precision}
+        return self.model_copy(update=changed)

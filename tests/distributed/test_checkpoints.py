@@ -10,7 +10,7 @@ import uuid
 import zlib
 from collections.abc import Callable
 from datetime import timedelta
-from errno import ENOSPC
+from errno import ENOSPC, ESTALE
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +29,7 @@ from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.model.transformer import Decoder, build_model
 from pipeline.train.runtime import Runtime
+from pipeline.train.saving import checkpoint as checkpoint_module
 from pipeline.train.saving import flush, pieces
 from pipeline.train.saving.checkpoint import list_checkpoints, load_model, optimizer_tensors, restore, verify
 from pipeline.train.saving.storage import LocalShelf
@@ -351,10 +352,19 @@ def look_at_disks(rank: int, world: int, folder: Path) -> dict[str, Any]:
     if rank == 0:
         damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     dist.barrier()
+    fingerprint, checkpoint_module.PAUSES = checkpoint_module.fingerprint, (0.0,)
+    if rank == 1:
+        checkpoint_module.fingerprint = stale
+    heard["passing"] = message_of(store.newest)
+    checkpoint_module.fingerprint = fingerprint
     heard["newest"] = str(store.newest())
     dist.barrier()
     heard["left"] = sorted(place.name for place in (folder / "one").iterdir())
     return heard
+
+
+def stale(file: object) -> Any:
+    raise OSError(ESTALE, "Stale file handle")
 
 
 def test_ranks_agree_on_the_folder_and_on_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,5 +373,7 @@ def test_ranks_agree_on_the_folder_and_on_the_newest(tmp_path: Path, monkeypatch
         host = socket.gethostname()
         assert f"disk-{int('disk-1' in heard['own'][1])} of {host} is not seen on {host}" in heard["own"][1]
         assert heard["one"] == ("nothing", "")
+        assert heard["passing"][0] == "UserError", "what one cannot read for now is told on all, and nothing is renamed"
+        assert "cannot be read after 2 tries: Stale file handle" in heard["passing"][1]
         assert heard["newest"] == str(tmp_path / "one" / "step-00000005")
         assert heard["left"] == ["step-00000005", "step-00000010.damaged"]

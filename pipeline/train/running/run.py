@@ -28,6 +28,7 @@ from pipeline.errors import EXIT_STOPPED, StoppedEarly, UserError, counted
 from pipeline.files import write_durably
 from pipeline.locks import locked
 from pipeline.model.transformer import Decoder
+from pipeline.status import NAME as STATUS
 from pipeline.status import Status, write_status
 from pipeline.train.parallel import Parallel
 from pipeline.train.reporting.curves import draw_curves
@@ -80,7 +81,7 @@ class Run:
             precision = str(self.runtime.precision)
             refuse_another_run(newest, self.config, self.data, precision=precision, say=self.runtime.say)
             state = restore(newest, model=model, optimizer=optimizer)
-            state = state.continued(self.data.described(), self.config.ramp_of_rows)
+            state = state.continued(self.data.described(), self.config.ramp_of_rows, precision=precision)
             self.runtime.say(f"resuming from {newest}")
         if state.step >= self.config.total_steps:
             self.runtime.say(
@@ -136,9 +137,11 @@ class Run:
         return is_spike(result.loss, before.recent_losses, deviations=train.spike_deviations)
 
     def roll_back(self, state: TrainState, trainer: Trainer) -> TrainState:
-        """Weights and moments of the newest checkpoint, and a state that goes on with the rows after `state`'s.
+        """Weights and moments of an earlier checkpoint, and a state that goes on with the rows after `state`'s.
 
-        Errors: no checkpoint to go back to, or more jumps than `train.max_rollbacks`.
+        The newest of those that `checkpoint.every` asked for: one that a stop has left between them would make the
+        record another than that of a run without the stop. Errors: no checkpoint to go back to, or more jumps than
+        `train.max_rollbacks`.
         """
         jump = f"step {state.step}: the loss jumped to {state.recent_losses[-1]:.4f}"
         if len(state.rollbacks) >= self.config.train.max_rollbacks:
@@ -147,21 +150,24 @@ class Run:
                 "lower optim.lr or optim.clip_norm, or raise it"
             )
         self.store.finish()
-        newest = self.store.newest()
-        if newest is None:
+        origin = self.store.newest(scheduled=True)
+        if origin is None:
             raise UserError(f"{jump} and there is no checkpoint to go back to; lower checkpoint.every or ignore spikes")
-        earlier = restore(newest, model=trainer.parallel.model, optimizer=trainer.optimizer)
+        with self.runtime.pulse.unhurried(f"going back to {origin.name}"):
+            earlier = restore(origin, model=trainer.parallel.model, optimizer=trainer.optimizer)
+            self.store.forget_after(earlier.step)
         trainer.load_loss_scale(earlier.loss_scale)
+        trainer.skipped = len(earlier.skipped)
         if self.runtime.is_main:
-            self.record.cut_after(earlier.step)
+            self.record.cut_after(earlier.step, evaluated=earlier.evaluated)
         rows = state.rows - earlier.rows
-        self.runtime.say(f"{jump}; back to {newest}, leaving out the {rows} rows from row {earlier.rows} on")
+        self.runtime.say(f"{jump}; back to {origin}, leaving out the {rows} rows from row {earlier.rows} on")
         return state.rolled_back(earlier)
 
     def evaluate(self, state: TrainState, parallel: Parallel, validation: Sequence[ValidationSet]) -> TrainState:
         """Evaluate and record it; the state tells whether a signal cut it short, but for the last step's."""
         if not validation:
-            return state
+            return state.model_copy(update={"evaluated": True})  # nothing is due
         stop = self.runtime.job.stop if state.step < self.config.total_steps else _never
         found = evaluate(parallel, validation, runtime=self.runtime, tokens=self.config.eval.tokens, stop=stop)
         if found is not None:
@@ -231,9 +237,15 @@ class Run:
         exit_code: int | None,
         message: str,
     ) -> None:
-        if self.runtime.is_main:
-            self._step = step
+        """Bring status.json up to date. It only tells of the run: that it cannot be written changes nothing else."""
+        if not self.runtime.is_main:
+            return
+        self._step = step
+        try:
             write_status(self.folder, Status(status=status, step=step, exit_code=exit_code, message=message))
+        except OSError as error:
+            reason = error.strerror or error
+            self.runtime.say(f"warning: {self.folder / STATUS} was not written ({reason}); it should say: {status}")
 
     def _failed(self, exit_code: int, message: str) -> None:
         """What the process calls before it ends for another reason than its end or a stop that was saved."""

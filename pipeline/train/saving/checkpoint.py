@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import yaml
@@ -40,6 +43,11 @@ from pipeline.train.saving.storage import (
 )
 from pipeline.train.state import FORMAT, TrainState
 
+PAUSES = (0.2, 1.0, 5.0)  # seconds before a file that could not be read is tried again
+LASTING = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)  # trying again tells the same
+
+Read = TypeVar("Read")
+
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """What the optimizer holds per parameter, {<parameter>.<moment>: tensor}; nothing before its first update.
@@ -62,7 +70,7 @@ def restore(checkpoint: Location, *, model: nn.Module, optimizer: torch.optim.Op
     """
     state = read_state(checkpoint)
     weights = _read_weights(checkpoint, model)
-    moments = read_headers(checkpoint / "optimizer")
+    moments = _headers(checkpoint, "optimizer")
     targets = _make_moments(moments, weights, model=model, optimizer=optimizer, updates=state.updates)
     _read_tensors(moments, targets, where=checkpoint)
     return state
@@ -90,9 +98,10 @@ def resolve_checkpoint(path: str | Path) -> Location:
         siblings = [str(sibling) for sibling in entries(place.parent)] if is_folder(place.parent) else []
         raise UserError(f"no folder {place}{nearest(str(place), siblings)}")
     if names_a_checkpoint(place) or is_file(place / "state.json"):
-        faults = verify(place)
-        if faults:
-            raise UserError(f"checkpoint {place} is damaged: {'; '.join(faults)}")
+        findings = inspect(place)
+        if not findings.intact:
+            what = "is damaged" if findings.damage else "may not be read"
+            raise UserError(f"checkpoint {place} {what}: {'; '.join((*findings.damage, *findings.closed))}")
         return place
     folder = place
     if not Shelf.at(place).checkpoints():
@@ -121,23 +130,20 @@ def newest_intact(folder: Location, *, warn: Callable[[str], None]) -> Location 
     """
     found = list_checkpoints(folder)
     for checkpoint in reversed(found):
-        faults = verify(checkpoint)
-        if not faults:
+        findings = inspect(checkpoint)
+        if findings.intact:
             return checkpoint
-        warn(damage_of(checkpoint, faults))
+        warn(findings.told(checkpoint))
     if found:
-        raise UserError(all_damaged(folder))
+        raise UserError(none_usable(folder))
     return None
 
 
-def damage_of(checkpoint: Location, faults: list[str]) -> str:
-    """What is said of a checkpoint that does not verify."""
-    return f"warning: checkpoint {checkpoint} is damaged and passed over: {'; '.join(faults)}"
-
-
-def all_damaged(folder: Location) -> str:
+def none_usable(folder: Location) -> str:
     """What is said when nothing is left to go on from."""
-    return f"every checkpoint in {folder} is damaged; move the folder away to start over"
+    return (
+        f"every checkpoint in {folder} is damaged or may not be read; mend that or move the folder away to start over"
+    )
 
 
 def list_checkpoints(folder: Location) -> list[Location]:
@@ -148,30 +154,84 @@ def list_checkpoints(folder: Location) -> list[Location]:
         raise UserError(f"the checkpoints in {folder} cannot be listed: {error.strerror or error}") from error
 
 
-def verify(checkpoint: Location, *, part: int = 0, parts: int = 1) -> list[str]:
-    """What is wrong with a checkpoint folder: file, expected and found; empty when it is intact.
+def verify(checkpoint: Location) -> list[str]:
+    """What is wrong with a checkpoint: file, expected and found; empty when it is intact. Errors: as `inspect`."""
+    findings = inspect(checkpoint)
+    return [*findings.damage, *findings.closed]
 
-    Of `parts` who share the work each looks at its part of the files.
+
+@dataclass(frozen=True)
+class Findings:
+    """What speaks against a checkpoint. damage: files that are lost or changed. closed: ones that may not be read."""
+
+    damage: tuple[str, ...] = ()
+    closed: tuple[str, ...] = ()
+
+    @property
+    def intact(self) -> bool:
+        """Whether a run may go on from it."""
+        return not self.damage and not self.closed
+
+    def told(self, checkpoint: Location) -> str:
+        """What is said of a checkpoint that is not intact."""
+        what = "is damaged and passed over" if self.damage else "may not be read and is passed over, left as it is"
+        return f"warning: checkpoint {checkpoint} {what}: {'; '.join((*self.damage, *self.closed))}"
+
+
+def inspect(checkpoint: Location, *, part: int = 0, parts: int = 1) -> Findings:
+    """Compare a checkpoint's files with its manifest; of `parts` who share the work each looks at its part of them.
+
+    Errors: a file that cannot be read for a reason that may pass, though it was tried several times: then nobody knows
+    whether the checkpoint is good, and to take it for a damaged one would throw good work away.
     """
     try:
-        expected = read_manifest(checkpoint)
+        expected = _patiently(read_manifest, checkpoint, file=checkpoint / MANIFEST)
     except FileNotFoundError:
-        return [f"{MANIFEST} is missing"]
-    except (OSError, ValueError) as error:
-        return [f"{MANIFEST} is damaged: {error}"]
-    faults = []
+        return Findings(damage=(f"{MANIFEST} is missing",))
+    except UserError:
+        raise
+    except ValueError as error:
+        return Findings(damage=(f"{MANIFEST} is damaged: {error}",))
+    except OSError as error:
+        return Findings(closed=(f"{MANIFEST}: {error.strerror or error}",))
+    damage: list[str] = []
+    closed: list[str] = []
     for name, wanted in list(expected.items())[part::parts]:
         try:
-            found = fingerprint(checkpoint / name)
+            found = _patiently(fingerprint, checkpoint / name, file=checkpoint / name)
         except OSError as error:
-            faults.append(f"{name}: {error.strerror or error}")
+            (damage if isinstance(error, FileNotFoundError) else closed).append(f"{name}: {error.strerror or error}")
             continue
         if found != wanted:
-            faults.append(
+            damage.append(
                 f"{name}: expected {wanted['bytes']} bytes with checksum {wanted['xxh3_128']}, "
                 f"found {found['bytes']} bytes with {found['xxh3_128']}"
             )
-    return faults
+    return Findings(tuple(damage), tuple(closed))
+
+
+def _patiently(read: Callable[[Location], Read], of: Location, *, file: Location) -> Read:
+    """Read again what could not be read for a reason that may pass: a stale handle, a time-out, a shaken network.
+
+    Errors: ValueError, and those OSErrors that say what will not pass (`LASTING`); a `UserError` for all others.
+    """
+    for pause in (*PAUSES, None):
+        try:
+            return read(of)
+        except (*LASTING, ValueError):
+            raise
+        except Exception as error:
+            if not isinstance(error, OSError) and isinstance(file, Path):
+                raise  # a bug; clients of object stores have errors of their own
+            if pause is None:
+                reason = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
+                raise UserError(
+                    f"{file} cannot be read after {len(PAUSES) + 1} tries: {reason}. Whether the checkpoint is damaged "
+                    "is not known, so nothing was changed\n  look at the file system or the network and run the same "
+                    "command again; if it stays so, move that checkpoint away to go on from an earlier one"
+                ) from error
+            time.sleep(pause)
+    raise AssertionError("the last try returns or raises")
 
 
 def read_state(checkpoint: Location) -> TrainState:
@@ -212,9 +272,22 @@ def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _read_weights(checkpoint: Location, model: nn.Module) -> dict[str, StoredTensor]:
-    stored = read_headers(checkpoint / "model")
+    stored = _headers(checkpoint, "model")
     _read_tensors(stored, dict(model.state_dict()), where=checkpoint)
     return stored
+
+
+def _headers(checkpoint: Location, part: str) -> dict[str, StoredTensor]:
+    """What the manifest's files of a part hold: a stray file, from a copy of another checkpoint, is never opened."""
+    try:
+        named = read_manifest(checkpoint)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{checkpoint / MANIFEST} cannot be read: {error}") from None
+    files = [checkpoint / name for name in named if name.startswith(f"{part}/")]
+    try:
+        return read_headers(files, folder=checkpoint / part)
+    except OSError as error:
+        raise UserError(f"{checkpoint} cannot be read: {error}") from error
 
 
 def _make_moments(

@@ -159,7 +159,7 @@ class Save:
     blocks: dict[str, list[Iterable[Tensor]]]
     texts: dict[str, bytes]
     nbytes: int  # of the whole checkpoint, over all ranks
-    copied: torch.Event | None  # the blocks are filled
+    copied: tuple[torch.device, torch.Event] | None  # the blocks are filled
 
 
 def plan(pieces: dict[str, list[Piece]], *, step: int, texts: dict[str, bytes], host: HostBlocks, copy: bool) -> Save:
@@ -171,9 +171,10 @@ def plan(pieces: dict[str, list[Piece]], *, step: int, texts: dict[str, bytes], 
     if copy:
         copies = iter(host.snapshot(chain.from_iterable(flats.values())))
         blocks: dict[str, list[Iterable[Tensor]]] = {part: [next(copies) for _ in flats[part]] for part in PARTS}
-        if any(flat.device.type == "cuda" for flat in chain.from_iterable(flats.values())):
-            copied = torch.Event("cuda")
-            copied.record()
+        cuda = next((flat.device for flat in chain.from_iterable(flats.values()) if flat.device.type == "cuda"), None)
+        if cuda is not None:
+            copied = (cuda, torch.Event("cuda"))
+            copied[1].record()
     else:
         blocks = {part: [host.stream(flat) for flat in flats[part]] for part in PARTS}
     return Save(step, ordered, blocks, texts, nbytes, copied)
@@ -182,7 +183,7 @@ def plan(pieces: dict[str, list[Piece]], *, step: int, texts: dict[str, bytes], 
 class Flush(threading.Thread):
     """Writes one checkpoint: `start` beside the caller, `run` in its way. A failure is kept for who asks.
 
-    A daemon: when training fails, the process ends and does not wait for other ranks.
+    A daemon: when a rank is gone, the process ends and does not wait; see `CheckpointStore.completing`.
     """
 
     def __init__(self, save: Save, *, shelf: Shelf, channel: Channel, retain: Callable[[], None], version: int) -> None:
@@ -211,8 +212,8 @@ class Flush(threading.Thread):
         if main and self.failure is None:
             try:
                 self.retain()
-            except (OSError, UserError) as error:  # tried again after the next one
-                self.warning = f"warning: older checkpoints could not be removed: {error}"
+            except Exception as error:  # whatever it is, this one is saved; tried again after the next one
+                self.warning = f"warning: older checkpoints could not be removed: {error or repr(error)}"
 
     def _together(self, work: Callable[[], Files]) -> Files:
         """One round: what all ranks made. Errors: this rank's, or one that names the first rank that failed."""
@@ -245,7 +246,9 @@ class Flush(threading.Thread):
 
     def _write(self) -> Files:
         if self.save.copied is not None:
-            self.save.copied.synchronize()
+            device, filled = self.save.copied
+            torch.cuda.set_device(device)  # a thread begins with the first one, and would take memory of it
+            filled.synchronize()
         files: Files = {}
         for part in PARTS:
             name = f"{part}/{self.channel.rank + 1:05d}-of-{self.channel.world_size:05d}{SUFFIX}"

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from pipeline.errors import UserError
-from pipeline.train.saving.storage import Location, entries, read_into
+from pipeline.train.saving.storage import Location, read_into
 
 BLOCK = 1 << 26  # bytes moved at a time: what goes through memory beside the tensors themselves
 SUFFIX = ".safetensors"
@@ -164,9 +164,11 @@ class StoredTensor:
     places: tuple[Stored, ...]
 
 
-def read_headers(folder: Location) -> dict[str, StoredTensor]:
-    """All tensors in the files of a folder. Errors: none there, one that cannot be read or contradicts another."""
-    files = [file for file in entries(folder) if file.name.endswith(SUFFIX)]
+def read_headers(files: Sequence[Location], *, folder: Location) -> dict[str, StoredTensor]:
+    """All tensors in the files of a checkpoint's part, `folder`, that its manifest names: no others were verified.
+
+    Errors: there are none, one that cannot be read or contradicts another.
+    """
     if not files:
         raise UserError(f"{folder} holds no {SUFFIX} files")
     with ThreadPoolExecutor(min(_READERS, len(files))) as pool:

@@ -8,7 +8,9 @@ complete checkpoints, told apart from those that are not.
 | under way | `.step-N.partial`, which nothing takes for a checkpoint | `step-N` without a manifest.json |
 | complete | renamed to `step-N` after files and folders were synced | manifest.json is there, written last |
 | removed | renamed to `.step-N.removed` first | manifest.json first |
-| damaged, set aside | renamed to `step-N.damaged` | manifest.json moved to manifest.damaged.json |
+| damaged, set aside | renamed to `step-N.damaged` | manifest.json moved to manifest.damaged.json (1) |
+
+(1) and all of it to `step-N.damaged` once step N is written again.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -282,7 +284,8 @@ class LocalShelf(Shelf):
         partial.rename(final)
         fsync_folder(self.folder)
         if older:
-            shutil.rmtree(removed)
+            with suppress(OSError):  # a leftover, which retention removes
+                shutil.rmtree(removed)
         return final
 
     @override
@@ -298,7 +301,7 @@ class LocalShelf(Shelf):
     @override
     def set_aside(self, checkpoint: Location) -> None:
         assert isinstance(checkpoint, Path), "a shelf holds locations of its own kind"
-        names = (checkpoint.with_name(f"{checkpoint.name}.damaged{number or ''}") for number in count())
+        names = map(checkpoint.with_name, _names_aside(checkpoint))
         checkpoint.rename(next(name for name in names if not name.exists()))
 
     @override
@@ -372,6 +375,10 @@ class RemoteShelf(Shelf):
     def make(self, place: Location) -> None:
         if is_file(place / MANIFEST):
             self.remove(place)
+        elif is_file(place / DAMAGED_MANIFEST):
+            names = map(self.folder.__truediv__, _names_aside(place))
+            aside = next(name for name in names if not self.folder.system.exists(name.path))
+            self.folder.system.mv((self.folder / place.name).path, aside.path, recursive=True)
         self.clear(place)
         for part in ("model", "optimizer"):  # object stores have no folders and take no notice
             self.folder.system.makedirs((self.folder / place.name / part).path, exist_ok=True)
@@ -383,3 +390,7 @@ class RemoteShelf(Shelf):
     def _steps(self, wanted: Callable[[set[str]], bool]) -> list[Location]:
         found = [place for place in entries(self.folder) if names_a_checkpoint(place)]
         return sorted((place for place in found if wanted({held.name for held in entries(place)})), key=step_of)
+
+
+def _names_aside(checkpoint: Location) -> Iterator[str]:
+    return (f"{checkpoint.name}.damaged{number or ''}" for number in count())
