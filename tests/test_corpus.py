@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import errno
 import gzip
 import json
+import lzma
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -212,6 +215,49 @@ def test_a_wrong_suffix_is_said(tmp_path: Path) -> None:
     (tmp_path / "b.parquet").write_text("no parquet")
     with pytest.raises(UserError, match="not a parquet file"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("kind", range(16))
+def test_zstd_may_begin_with_a_skippable_frame(tmp_path: Path, kind: int) -> None:
+    """As pzstd's does: 4 bytes that say how long the next frame is."""
+    frames = [zstandard.compress(json_lines(TEXTS[:20])), zstandard.compress(json_lines(TEXTS[20:]))]
+    skippable = [(0x184D2A50 + kind).to_bytes(4, "little") + struct.pack("<II", 4, len(frame)) for frame in frames]
+    content = b"".join(before + frame for before, frame in zip(skippable, frames, strict=True))
+    for name in ("a.jsonl.zst", "packed.jsonl"):
+        (tmp_path / name).write_bytes(content)
+        assert texts_of(read(tmp_path / name)) == TEXTS
+    assert texts_of(read(tmp_path / "a.jsonl.zst", rules=TextRules(unit_bytes=300))) == TEXTS
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.zst", "a.csv.gz", "a.json.gz"])
+def test_what_is_neither_packed_as_promised_nor_text_is_refused(tmp_path: Path, name: str) -> None:
+    for content in (bz2.compress(json_lines(TEXTS)), lzma.compress(json_lines(TEXTS)), b"\0" * 600, b"P\x03 text"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=r"a\..* is no (gzip|zstd) file, nor .*: it begins with b.*; copy it again"):
+            find_corpus([str(tmp_path)])
+    for suffix in (".jsonl.gz", ".json.zst"):
+        (tmp_path / f"page{suffix}").write_text("<html>404</html>")
+        with pytest.raises(UserError, match="it begins with b'<htm'"):
+            find_corpus([str(tmp_path / f"page{suffix}")])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json", "a.csv", "a.parquet"])
+def test_what_is_not_packed_in_spite_of_its_suffix_is_read_and_told(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path / name)
+    (tmp_path / name).rename(tmp_path / f"{name}.gz")
+    assert "not compressed, whatever its suffix" in " ".join(find_corpus([str(tmp_path / f"{name}.gz")]).notes)
+    assert texts_of(read(tmp_path / f"{name}.gz")) == TEXTS
+
+
+def test_an_empty_file_that_should_be_packed_is_told(tmp_path: Path) -> None:
+    for name in ("a.jsonl.gz", "b.txt.zst", "c.txt"):
+        (tmp_path / name).write_bytes(b"")
+    corpus = find_corpus([str(tmp_path)])
+    assert [note.split(";")[0].rpartition("/")[2] for note in corpus.notes] == [
+        "a.jsonl.gz is empty, which no gzip file is",
+        "b.txt.zst is empty, which no zstd file is",
+    ]
+    assert read(tmp_path) == []
 
 
 @pytest.mark.parametrize(

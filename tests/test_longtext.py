@@ -19,6 +19,7 @@ from pipeline.data.reading.corpus import find_corpus, read_unit
 from pipeline.data.reading.formats import Document, Rejected, TextRules
 from pipeline.data.reading.longtext import LongText, without_long_strings
 from pipeline.data.reading.plan import plan_units
+from pipeline.errors import UserError
 from tests.reading import drain, read
 
 PIECES = st.sampled_from(
@@ -188,3 +189,47 @@ def test_a_long_line_is_never_held_as_a_string() -> None:
             tracemalloc.stop()
     assert documents > 2
     assert peak < 2 * size + 3 * rules.max_document_bytes, "the line while it is gathered, and a few documents"
+
+
+def parts_of(count: int, kind: str) -> bytes:
+    """JSON in which much is beside the text, none of it a long string."""
+    fill = {"lists": b"[],", "texts": b'"%s",' % (b"x" * 2000), "numbers": b"1.5,"}[kind]
+    return b'{"text": "a text", "more": [%s 0]}' % (fill * (count // len(fill)))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "one.json"])
+@pytest.mark.parametrize("kind", ["lists", "texts", "numbers"])
+def test_a_record_of_very_many_parts_is_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
+) -> None:
+    monkeypatch.setattr(readers, "LONG_RECORD_BYTES", 20_000)
+    monkeypatch.setattr(longtext, "LONG_BYTES", 4000)
+    monkeypatch.setattr(longtext, "SKELETON_BYTES", 30_000)
+    small, large = parts_of(28_000, kind), parts_of(32_000, kind)
+    if name == "one.json":
+        (tmp_path / name).write_bytes(large.replace(b":", b":\n", 1))
+        with pytest.raises(UserError, match=r"one\.json is one record over 30000 bytes beside its long strings"):
+            read(tmp_path)
+        return
+    good = b'{"text": "good"}'
+    rows = [good, large, small, b'{"text": "%s", "more": %s}' % (b"x" * 25_000, b"[" * 9 + b"]" * 9), good]
+    layout = b"[" + b",".join(rows) + b"]" if name == "a.json" else b"\n".join(rows)
+    (tmp_path / name).write_bytes(layout)
+    found = read(tmp_path)
+    assert [record[:3] for record in found if isinstance(record, Rejected)] == [
+        (0, 1, "record over 30000 bytes beside its long strings")
+    ]
+    assert [len(record.content) for record in found if isinstance(record, Document)] == [4, 6, 25_000, 4]
+
+
+def test_a_record_of_very_many_parts_takes_little_memory(tmp_path: Path) -> None:
+    content = parts_of(40 * 2**20, "lists")
+    (tmp_path / "a.jsonl").write_bytes(content)
+    (unit,) = plan_units(find_corpus([str(tmp_path)]).sources, TextRules())
+    tracemalloc.start()
+    try:
+        assert len(list(read_unit(unit, TextRules()))) == 1
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * len(content), "the line while it is gathered; its lists would be 20 times as much"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 import tempfile
 from pathlib import Path
@@ -16,8 +18,9 @@ from hypothesis import strategies as st
 
 from pipeline.data.reading.bytestream import CutFinder
 from pipeline.data.reading.corpus import find_corpus, read_unit
-from pipeline.data.reading.formats import TEXT_CHUNK_BYTES, Piece, Source, TextRules
+from pipeline.data.reading.formats import TEXT_CHUNK_BYTES, Document, Piece, Rejected, Source, TextRules
 from pipeline.data.reading.plan import Unit, cut_stream, plan_units
+from pipeline.data.reading.readers import column_bytes
 from pipeline.errors import UserError
 from tests.reading import drain, read, read_sources, texts_of
 
@@ -150,14 +153,82 @@ def test_a_damaged_stream_gives_its_parts_and_then_the_offset(tmp_path: Path, su
     rules = TextRules(unit_bytes=10**6)
     source = find_corpus([str(tmp_path)]).sources[0]
     unit = Unit(0, (Piece(source, 0, 0, source.size, source.size * 4),), stream=True)
-    parts = cut_stream(unit, rules, into=lambda part: tmp_path / f"part{part}")
-    found: list[Unit] = []
-    with pytest.raises(UserError, match=rf"cannot read .*a.jsonl.{suffix} past byte [0-9]+ of its text: .*damaged"):
-        found.extend(parts)
-    written = b"".join((tmp_path / f"part{part}").read_bytes() for part in range(len(list(tmp_path.glob("part*")))))
+    *parts, last = cut_stream(unit, rules, into=lambda part: tmp_path / f"part{part}")
+    written = b"".join((tmp_path / f"part{part}").read_bytes() for part in range(len(parts) + 1))
     assert len(written) > 5 * 10**6
     assert content.startswith(written)
-    assert written.endswith(b"\n")
+    assert [part.pieces[0].damage for part in parts] == [""] * len(parts)
+    records = [record for part in parts for record in read_unit(part, rules)]
+    with pytest.raises(
+        UserError, match=rf"cannot read .*a.jsonl.{suffix} past byte {len(written)} of its text: .*damaged"
+    ):
+        records.extend(read_unit(last, rules))
+    assert len(records) == written.count(b"\n"), "records that end before the damage"
+    dropped = cut_stream(unit, rules, into=lambda part: tmp_path / f"part{part}")  # all were done before the damage
+    with pytest.raises(UserError, match=f"past byte {len(written)} of its text"):
+        sum(1 for part in dropped if part.pieces[0].source.file.unlink() is None)
+
+
+TEXTS = [f"text {i}, {'x' * (i % 40)}" + '\n"quoted"' * (i % 3) for i in range(600)]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", ["csv", "json"])
+def test_tables_and_arrays_are_cut_into_files_of_their_own(tmp_path: Path, kind: str, packed: bool) -> None:
+    rows = io.StringIO(newline="")
+    csv.writer(rows).writerows([["text", "id"], *([text, i] for i, text in enumerate(TEXTS))])
+    objects = json.dumps([{"text": text, "id": i} for i, text in enumerate(TEXTS)], indent=1)
+    content = b"\xef\xbb\xbf" + (rows.getvalue() if kind == "csv" else objects).encode()
+    path = tmp_path / (f"a.{kind}.gz" if packed else f"a.{kind}")
+    path.write_bytes(gzip.compress(content) if packed else content)
+    rules = TextRules(unit_bytes=2000)
+    (unit,) = plan(path, rules=rules)
+    assert unit.stream
+    parts = list(cut_stream(unit, rules, into=lambda part: tmp_path / f"part{part}"))
+    assert len(parts) > 10
+    texts: list[str] = []
+    for number, part in enumerate(parts):
+        written = (tmp_path / f"part{number}").read_bytes().decode()
+        alone = [
+            row["text"]
+            for row in (csv.DictReader(io.StringIO(written, newline="")) if kind == "csv" else json.loads(written))
+        ]
+        records, counted = drain(part, rules)
+        assert texts_of(records) == alone
+        assert counted.rows == {0: len(alone)}
+        assert number == len(parts) - 1 or 2000 <= part.size < 2400
+        texts += alone
+    assert texts == TEXTS
+    damaged = tmp_path / f"damaged.{kind}"
+    damaged.write_bytes(content.rstrip()[:-9])
+    (unit,) = plan(damaged, rules=rules)
+    found: list[Document | Rejected] = []
+    cuts = cut_stream(unit, rules, into=lambda part: tmp_path / f"part{part}")
+    with pytest.raises(UserError, match="does not end"):
+        found.extend(record for part in cuts for record in read_unit(part, rules))
+    assert texts_of(found) == TEXTS[: len(TEXTS) - 1]
+
+
+@given(
+    st.lists(st.text('ab",\n\r é', max_size=9).filter(bool), max_size=20),
+    st.integers(1, 40),
+    st.booleans(),
+    st.booleans(),
+)
+@settings(deadline=None, max_examples=100)
+def test_rows_are_the_same_wherever_they_are_cut(texts: list[str], unit_bytes: int, table: bool, ends: bool) -> None:
+    rows = io.StringIO(newline="")
+    csv.writer(rows).writerows([["id", "text"], *([i, text] for i, text in enumerate(texts))])
+    content = (
+        (rows.getvalue() if ends else rows.getvalue().removesuffix("\r\n"))
+        if table
+        else json.dumps([{"text": text} for text in texts])
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        (path := Path(folder, "a.csv" if table else "a.json")).write_text(content, newline="", encoding="utf-8")
+        records = read(path, rules=TextRules(unit_bytes=unit_bytes))
+    assert texts_of(records) == texts
+    assert [record.row for record in records] == list(range(len(texts)))
 
 
 def test_parts_that_cannot_be_written_are_not_the_fault_of_the_source(tmp_path: Path) -> None:
@@ -191,6 +262,37 @@ def test_row_groups_are_joined_up_to_a_unit(tmp_path: Path) -> None:
     units = plan(tmp_path, rules=TextRules(unit_bytes=3500))
     assert [(piece.start, piece.stop) for unit in units for piece in unit.pieces] == [(0, 3), (3, 6), (6, 9), (9, 10)]
     assert texts_of(read(tmp_path, rules=TextRules(unit_bytes=3500))) == texts
+
+
+@pytest.mark.parametrize("key", ["data.text", "text", "text.en", "nested"])
+def test_a_dot_in_the_name_of_a_column_is_part_of_it(tmp_path: Path, key: str) -> None:
+    """Sizes are those that pyarrow tells of files with that column alone."""
+    names = ["text.en", "text", "data.text", "data"]
+    texts = {name: [f"{name} {i} " + "x" * (i * len(name) % 50) for i in range(60)] for name in names}
+    nested = [{"text": text, "more": [text]} for text in texts["data"]]
+    layout = {"row_group_size": 20, "use_dictionary": False, "compression": "none"}
+    pq.write_table(pa.table(texts | {"nested": nested}), tmp_path / "a.parquet", **layout)
+    alone = pa.table({key: texts.get(key, nested)})
+    pq.write_table(alone, tmp_path / "alone.bin", **layout)
+    groups = [pq.read_metadata(tmp_path / "alone.bin").row_group(number) for number in range(3)]
+    sizes = [sum(group.column(leaf).total_uncompressed_size for leaf in range(group.num_columns)) for group in groups]
+    rules = TextRules(key=key, unit_bytes=1)
+    assert [unit.size for unit in plan(tmp_path, rules=rules)] == sizes
+    if key in texts:
+        assert texts_of(read(tmp_path, rules=rules)) == texts[key]
+
+
+def test_a_row_group_with_rows_has_a_size(tmp_path: Path) -> None:
+    class Column:
+        path_in_schema, total_uncompressed_size = "text", 0
+
+    class Group:
+        num_columns, num_rows = 1, 5
+
+        def column(self, _: int) -> Column:
+            return Column()
+
+    assert column_bytes(Group(), "text") == 1, "some writers leave sizes out"
 
 
 def test_a_parquet_file_without_the_text_column_stops_the_plan_and_a_damaged_one_does_not(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+from codecs import getincrementaldecoder
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from stat import S_ISREG
 from typing import NamedTuple
 
 from pipeline.data.manifest import is_dataset
-from pipeline.data.reading.bytestream import BLOCK_BYTES, Compression, open_stream
+from pipeline.data.reading.bytestream import BLOCK_BYTES, BOM, Compression, open_stream
 from pipeline.data.reading.formats import Document, Kind, Record, Source, TextRules, missing_key
 from pipeline.data.reading.hub import hub_files, load_saved
 from pipeline.data.reading.plan import Unit
@@ -38,7 +39,11 @@ _KINDS: dict[str, Kind] = {
 }
 _COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
 _READABLE = f"{' '.join(_KINDS)}, or .gz and .zst of these"
-_MAGIC: dict[bytes, Compression] = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+_SKIPPABLE: dict[bytes, Compression] = {bytes([0x50 + n]) + b"\x2a\x4d\x18": "zstd" for n in range(16)}
+"""Frames without text (RFC 8878, 3.1.2): pzstd begins with one."""
+_MAGIC: dict[bytes, Compression] = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", **_SKIPPABLE}
+_HEAD_BYTES = 4096
+_NO_TEXT = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")  # control characters but white space and escape
 _SAVED_DATASET = ({"dataset_info.json", "state.json"}, {"dataset_dict.json"})
 _FIRST_LINE_BYTES = 64 * BLOCK_BYTES
 
@@ -294,16 +299,16 @@ def _file_source(path: Path, name: str, notes: set[str]) -> Source:
         if not S_ISREG(status.st_mode):
             raise UserError(f"{name} is neither a file nor a folder; a pipe cannot be read twice: write it to a file")
         with path.open("rb") as file:
-            head = file.read(64)
+            head = file.read(_HEAD_BYTES)
     except OSError as error:
         raise UserError(f"cannot read {name}: {error.strerror}") from None
     suffixes = [suffix.lower() for suffix in PurePosixPath(name).suffixes]
     promised = _COMPRESSIONS.get(suffixes[-1], "") if suffixes else ""
     compression: Compression = next((packed for magic, packed in _MAGIC.items() if head.startswith(magic)), "")
-    if promised and head and compression != promised:
-        notes.add(f"{name} is {compression or 'not compressed'}, whatever its suffix says: read as such")
     inner = suffixes[:-1] if promised else suffixes
     kind = _KINDS.get(inner[-1], "text") if inner else "text"
+    if promised and compression != promised:
+        notes.add(_broken_promise(name, promised, compression, kind, head))
     if head.startswith(b"PAR1") and kind != "parquet":
         notes.add(f"{name} is parquet, whatever its suffix says: read as such")
         kind = "parquet"
@@ -314,6 +319,31 @@ def _file_source(path: Path, name: str, notes: set[str]) -> Source:
         raise UserError(f"{name} is not a parquet file: it begins with {head[:4]!r}, wanted b'PAR1'; {remedy}")
     where = "" if name == str(path) else str(path)
     return Source(name, kind, compression, status.st_size, _fingerprint(path, name, status), path=where)
+
+
+def _broken_promise(name: str, promised: Compression, found: Compression, kind: Kind, head: bytes) -> str:
+    """What to say of a file that its suffix calls packed otherwise than it is; refused unless it could be plain."""
+    if not head:
+        return f"{name} is empty, which no {promised} file is; copy it again if it should hold text"
+    if not found and not _is_plain(kind, head):
+        wanted = next(magic for magic, packed in _MAGIC.items() if packed == promised)
+        raise UserError(
+            f"{name} is no {promised} file, nor {kind}: it begins with {head[:4]!r}, wanted {wanted!r}; copy it again, "
+            "unpack it, or --exclude it"
+        )
+    return f"{name} is {found or 'not compressed'}, whatever its suffix says: read as such"
+
+
+def _is_plain(kind: Kind, head: bytes) -> bool:
+    """Whether the beginning of a file is that of a file of that kind, not compressed."""
+    if head.startswith(b"PAR1"):
+        return True
+    try:
+        getincrementaldecoder("utf-8")().decode(head)  # its last character may be cut
+    except UnicodeDecodeError:
+        return False
+    first = head.removeprefix(BOM).lstrip()[:1]
+    return not _NO_TEXT.search(head) and (kind not in ("jsonl", "json") or first in (b"{", b"[", b""))
 
 
 def _fingerprint(path: Path, name: str, status: os.stat_result) -> str:

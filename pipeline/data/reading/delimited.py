@@ -6,15 +6,20 @@ which only the beginning was ever held. Nothing is parsed here beyond what tells
 
 from __future__ import annotations
 
+import csv
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import NamedTuple
 
 from pipeline.data.reading.bytestream import BLOCK_BYTES
 from pipeline.errors import UserError
 
 HEAD_BYTES = 1024
+_UNTANGLED = 100
+"""So many rows at most are taken out of a tangled one, or joined to one begun in it: each may cost a new reading."""
+Fragments = Iterator[tuple[bytes, bool]]
+"""Pieces of records in order, and whether the record ends with each."""
 
 
 class Overlong(NamedTuple):
@@ -54,7 +59,7 @@ def separated(stream: io.BufferedReader, separator: bytes, limit: int) -> Iterat
     """What lies between separators, possibly nothing; no record after a separator that ends the stream."""
     gathered, carry = _Gathered(limit), b""
     keep = len(separator) - 1  # the end of a block may be the beginning of a separator
-    while block := stream.read(BLOCK_BYTES):
+    while block := stream.read1(BLOCK_BYTES):
         first, *others = (carry + block).split(separator)
         if others:
             gathered.add(first)
@@ -70,6 +75,14 @@ def separated(stream: io.BufferedReader, separator: bytes, limit: int) -> Iterat
         yield gathered.take()
 
 
+def _records(fragments: Fragments, limit: int) -> Iterator[bytes | Overlong]:
+    gathered = _Gathered(limit)
+    for fragment, ends in fragments:
+        gathered.add(fragment)
+        if ends:
+            yield gathered.take()
+
+
 _JSON_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+(")?|[\[\]{},]', re.DOTALL)
 
 
@@ -79,9 +92,15 @@ def json_elements(stream: io.BufferedReader, limit: int, *, name: str) -> Iterat
     Raises `UserError` with the offset where an element begins that does not end (after those before it were yielded),
     and for anything that follows the array.
     """
-    gathered, depth, count = _Gathered(limit), 0, 0
-    position, prefix = 1, b""  # `prefix` opens the string anew that the block before left open
-    while block := stream.read(BLOCK_BYTES):
+    return _records(json_fragments(stream, name=name), limit)
+
+
+def json_fragments(stream: io.BufferedReader, *, name: str) -> Fragments:
+    """The same in fragments, without the commas between them."""
+    depth, count = 0, 0
+    position, size, blank = 1, 0, True  # of the element: where it begins, its bytes so far, whether all are white
+    prefix = b""  # opens the string anew that the block before left open
+    while block := stream.read1(BLOCK_BYTES):
         window, begin = prefix + block, len(prefix)
         prefix = b""
         for match in _JSON_TOKEN.finditer(window):
@@ -94,17 +113,18 @@ def json_elements(stream: io.BufferedReader, limit: int, *, name: str) -> Iterat
             elif depth and token in b"]}":
                 depth -= 1
             elif not depth and token in b",]":
-                gathered.add(window[begin : match.start()])
-                begin, size = match.end(), gathered.size
-                record = gathered.take()
-                position += size + 1
-                if token == 0x2C or count or isinstance(record, Overlong) or record.strip():
-                    yield record
+                last = window[begin : match.start()]
+                position += size + len(last) + 1
+                if token == 0x2C or count or not blank or last.strip():
+                    yield last, True
                     count += 1
+                begin, size, blank = match.end(), 0, True
                 if token == 0x5D:
                     _nothing_more(stream, window[begin:], name, position)
                     return
-        gathered.add(window[begin:])
+        rest = window[begin:]
+        size, blank = size + len(rest), blank and not rest.strip()
+        yield rest, False
     raise UserError(
         f"cannot read {name}: element {count} begins at byte {position} of the array and does not end; "
         "the file is damaged or incomplete"
@@ -113,7 +133,7 @@ def json_elements(stream: io.BufferedReader, limit: int, *, name: str) -> Iterat
 
 def _nothing_more(stream: io.BufferedReader, rest: bytes, name: str, position: int) -> None:
     while not rest.strip():
-        rest = stream.read(BLOCK_BYTES)
+        rest = stream.read1(BLOCK_BYTES)
         if not rest:
             return
     raise UserError(
@@ -125,13 +145,22 @@ def _nothing_more(stream: io.BufferedReader, rest: bytes, name: str, position: i
 _CSV_FIELD = re.compile(rb'(?:"(?:[^"]++|"")*+(")?)?[^,\r\n]*+(,|\r\n|\r|\n)?')
 
 
-def csv_records(stream: io.BufferedReader, limit: int) -> Iterator[bytes | Overlong]:
-    """Rows with their line ends, blank ones too. Line ends within quotes belong to the row."""
-    gathered = _Gathered(limit)
+def csv_records(stream: io.BufferedReader, limit: int, *, name: str) -> Iterator[bytes | Overlong]:
+    """Rows with their line ends, blank ones too. Line ends within quotes belong to the row.
+
+    Raises `UserError` with row and offset for one whose quotes do not end, after those before it were yielded: whether
+    a quote too many is in it, or the file was cut within a text, cannot be told, nor then what is a row after it.
+    """
+    return _records(csv_fragments(stream, name=name), limit)
+
+
+def csv_fragments(stream: io.BufferedReader, *, name: str) -> Fragments:
+    """The same in fragments."""
     prefix, after_return = b"", False  # `prefix` stands for the field that the block before left open
-    while block := stream.read(BLOCK_BYTES):
+    rows, position, size = -1, 0, 0  # that hold something, without the header; where this one begins; its bytes so far
+    while block := stream.read1(BLOCK_BYTES):
         if after_return and block.startswith(b"\n"):
-            block = block[1:]
+            block, position = block[1:], position + 1
         window = prefix + block
         place, begin, after_return, prefix = 0, len(prefix), False, b""
         while place < len(window):
@@ -142,13 +171,21 @@ def csv_records(stream: io.BufferedReader, limit: int) -> Iterator[bytes | Overl
                 prefix = _open_field(window, match)
             elif end != b",":
                 after_return = end == b"\r" and match.end() == len(window)
-                gathered.add(window[begin : match.end()])
+                size += match.end() - begin
+                rows, position, size = rows + (size > len(end)), position + size, 0
+                yield window[begin : match.end()], True
                 begin = match.end()
-                yield gathered.take()
             place = match.end()
-        gathered.add(window[begin:])
-    if gathered.size:
-        yield gathered.take()
+        size += len(window) - begin
+        yield window[begin:], False
+    if prefix == b'"':
+        where = "the header" if rows < 0 else f"row {rows}"
+        raise UserError(
+            f"cannot read {name} past byte {position} of its text: {where} begins there and has a quote that does not "
+            "end; the file is incomplete, or the quote must be closed or doubled"
+        )
+    if size:
+        yield b"", True
 
 
 def _open_field(window: bytes, match: re.Match[bytes]) -> bytes:
@@ -158,3 +195,65 @@ def _open_field(window: bytes, match: re.Match[bytes]) -> bytes:
     if match.group(1) is None:
         return b'"'
     return b'""' if match.end() == match.end(1) else b"x"
+
+
+def csv_fields(row: bytes) -> list[str]:
+    """What the csv module makes of a row; bad bytes stay as surrogates."""
+    return next(csv.reader((row.decode(errors="surrogateescape"),)), [])
+
+
+def is_tangled(row: bytes) -> bool:
+    """Whether a row goes over several lines and has text after a closing quote: a quote before it does not close.
+
+    The csv module makes one long text of the rows up to there.
+    """
+    if b"\n" not in (inner := row.rstrip(b"\r\n")) and b"\r" not in inner:
+        return False
+    try:
+        next(csv.reader((row.decode(errors="surrogateescape"),), strict=True))
+    except csv.Error:
+        return True
+    return False
+
+
+def csv_rows(records: Iterable[bytes | Overlong], columns: int) -> Iterator[tuple[bytes | Overlong, bool]]:
+    """Rows of a table of so many columns, and whether they are sound.
+
+    Of a tangled one, the first line is not, and from the second line on it is read anew, with what follows if need be.
+    In one column, a line of a text cannot be told from a row: there the whole is not sound.
+    """
+    open_row, tries = b"", 0  # begun within a tangled row, and goes on in the next
+    for record in records:
+        if open_row and (isinstance(record, Overlong) or tries == _UNTANGLED):
+            yield open_row, False
+            open_row = b""
+        if isinstance(record, Overlong) or not (open_row or is_tangled(record)):
+            yield record, True
+        elif columns < 2:
+            yield record, False
+        else:
+            tries = tries + 1 if open_row else 0
+            open_row = yield from _untangled(open_row + record, columns)
+    if open_row:
+        yield open_row, False
+
+
+def _untangled(rows: bytes, columns: int) -> Generator[tuple[bytes, bool], None, bytes]:
+    """Returns the last of the rows if it does not end."""
+    for _ in range(_UNTANGLED):
+        at = 0
+        try:
+            for row in csv_records(io.BufferedReader(io.BytesIO(rows)), len(rows), name=""):
+                assert isinstance(row, bytes), "nothing is longer than all"
+                if is_tangled(row):
+                    break
+                at += len(row)
+                yield row, len(csv_fields(row)) in (0, columns)
+            else:
+                return b""
+        except UserError:
+            return rows[at:]
+        line, end, rows = rows[at:].partition(b"\n" if b"\n" in rows[at:] else b"\r")
+        yield line + end, False
+    yield rows, False
+    return b""

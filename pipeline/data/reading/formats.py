@@ -76,7 +76,8 @@ class Piece:
 
     `index` is the number of the source among all, `size` the expected bytes of text. `offset` counts the bytes of text
     that came before the file: it is not 0 for later parts of a cut stream. `whole`: the piece is all of its source;
-    otherwise a text without separators is cut into documents of about 1 MB.
+    otherwise a text without separators is cut into documents of about 1 MB. `damage` is what stopped the cutting of a
+    stream after this part: reading it ends with that.
     """
 
     source: Source
@@ -86,6 +87,7 @@ class Piece:
     size: int
     offset: int = 0
     whole: bool = True
+    damage: str = ""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ import xxhash
 
 LONG_BYTES = 2**20
 """Strings of JSON from this length on are decoded by parts, if the record that holds them is long."""
+SKELETON_BYTES = 16 * 2**20
+"""What may be beside the long strings of a record: objects of Python take up to 30 times what is written of them."""
 SHOWN_CHARACTERS = 20
 
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(")?', re.DOTALL)
@@ -24,6 +26,10 @@ _PART = re.compile(
     re.DOTALL,
 )
 """At most 1 MiB of a string that ends within no character: neither its bytes, nor its escape, nor its two escapes."""
+
+
+class ManyPartsError(Exception):
+    """A record that holds too much beside its long strings to be parsed within bounds."""
 
 
 class LongText:
@@ -66,12 +72,13 @@ def string_of(content: bytes) -> str:
 def without_long_strings(record: bytes) -> tuple[bytes, dict[str, LongText]]:
     """`record` with a name in place of each string of over `LONG_BYTES`, and these strings by their names.
 
-    Raises `ValueError` for a string that does not end. Whether a long string is sound shows when it is read.
+    Raises `ValueError` for a string that does not end, `ManyPartsError` where over `SKELETON_BYTES` would be left.
+    Whether a long string is sound shows when it is read.
     """
     mark = xxhash.xxh3_128_hexdigest(record)  # a record that holds it, escaped or not, cannot be made by chance
     kept: list[bytes] = []
     longs: dict[str, LongText] = {}
-    copied = 0
+    copied, left = 0, len(record)
     for match in _STRING.finditer(record):
         if match.group(1) is None:
             raise ValueError(f"the string at byte {match.start()} does not end")
@@ -80,5 +87,8 @@ def without_long_strings(record: bytes) -> tuple[bytes, dict[str, LongText]]:
             longs[name] = LongText(record, match.start() + 1, match.end() - 1)
             kept += [record[copied : match.start()], b'"%s"' % name.encode()]
             copied = match.end()
+            left -= match.end() - match.start()
+    if left > SKELETON_BYTES:
+        raise ManyPartsError(f"record over {SKELETON_BYTES} bytes beside its long strings")
     kept.append(record[copied:])
     return b"".join(kept), longs

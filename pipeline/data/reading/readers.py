@@ -19,7 +19,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data.reading.bytestream import BLOCK_BYTES, MIB, character_start, open_stream
-from pipeline.data.reading.delimited import HEAD_BYTES, Overlong, csv_records, json_elements, separated, skip_line
+from pipeline.data.reading.delimited import (
+    HEAD_BYTES,
+    Overlong,
+    csv_fields,
+    csv_records,
+    csv_rows,
+    json_elements,
+    separated,
+    skip_line,
+)
 from pipeline.data.reading.formats import (
     TEXT_CHUNK_BYTES,
     Document,
@@ -33,13 +42,14 @@ from pipeline.data.reading.formats import (
     missing_key,
 )
 from pipeline.data.reading.hub import load_saved, saved_columns
-from pipeline.data.reading.longtext import without_long_strings
+from pipeline.data.reading.longtext import ManyPartsError, without_long_strings
 from pipeline.errors import UserError
 
 _BATCH_BYTES, _BATCH_ROWS = 4 * MIB, 256
 _KEY_RECORDS = 100
 LONG_RECORD_BYTES = 16 * MIB
 """JSON from this length on is not parsed whole, so that it is not held several times over."""
+_MALFORMED = "malformed JSON"
 Records = Generator[Record, None, int]
 
 
@@ -82,12 +92,14 @@ def count_rows(piece: Piece) -> int | None:
     """Rows of a piece without parsing a record or holding one: of tables and JSON lines. None where that cannot be."""
     if piece.source.kind in ("saved", "parquet"):
         return promised_rows(piece)
+    if piece.damage:  # nothing follows it
+        return 0
     if piece.source.kind != "jsonl":
         return None
     lines, last = 0, b"\n"
     try:
         with _stream(piece) as stream:
-            while block := stream.read(BLOCK_BYTES):
+            while block := stream.read1(BLOCK_BYTES):
                 lines, last = lines + block.count(b"\n"), block[-1:]
     except (OSError, EOFError, UserError):  # gone, or damaged
         return None
@@ -108,7 +120,7 @@ def keys_of(source: Source) -> list[str] | None:
         raise _damaged(source.name, error) from None
     with _stream(Piece(source, 0, 0, source.size, source.size)) as stream:
         if source.kind == "csv":
-            return _csv_header(csv_records(stream, rules.max_record_bytes), source.name)
+            return _csv_header(csv_records(stream, rules.max_record_bytes, name=source.name), source.name)
         found: Iterator[object]
         if source.kind == "json":
             found = (_parsed(value) for value in _json_values(stream, rules, source.name))
@@ -136,6 +148,7 @@ def _stream(piece: Piece) -> io.BufferedReader:
         start=piece.start,
         stop=piece.stop,
         drop_bom=piece.start + piece.offset == 0,
+        damage=piece.damage,
     )
 
 
@@ -160,12 +173,13 @@ def _read_text(piece: Piece, judge: Judge, first: int) -> Records:
 def _chunks(stream: io.BufferedReader, rest: bytes, rules: TextRules) -> Iterator[bytes]:
     """Documents of `rest` and then `stream`: up to the first newline from 1 MB on, or 2 MB where there is none."""
     step = min(TEXT_CHUNK_BYTES, rules.max_document_bytes // 2)
-    begin = 0
+    begin, more = 0, b"more"
     while True:
-        if len(rest) - begin <= 2 * step:
-            rest, begin = rest[begin:] + stream.read(2 * step + BLOCK_BYTES), 0
-            if not rest:
-                return
+        while len(rest) - begin <= 2 * step and more:
+            more = stream.read1(2 * step + BLOCK_BYTES)
+            rest, begin = rest[begin:] + more, 0
+        if begin == len(rest):
+            return
         end = _chunk_end(rest, begin, step)
         yield rest[begin:end]
         begin = end
@@ -214,7 +228,7 @@ def _parsed(record: bytes | Overlong) -> object:
 
 def _parsed_long(record: bytes) -> object:
     """The value with a `LongText` for each long string that is an element of an object, or is itself the value."""
-    malformed = Fault("malformed JSON", record[: 2 * HEAD_BYTES].strip())
+    malformed = Fault(_MALFORMED, record[: 2 * HEAD_BYTES].strip())
     try:
         skeleton, longs = without_long_strings(record)
         for text in longs.values():
@@ -222,6 +236,8 @@ def _parsed_long(record: bytes) -> object:
                 pass
     except ValueError:
         return malformed
+    except ManyPartsError as error:
+        return Fault(str(error), record[:HEAD_BYTES])
     value = _parsed_short(skeleton)
     if isinstance(value, Fault):
         return malformed
@@ -238,7 +254,7 @@ def _parsed_short(record: bytes) -> object:
     try:  # the slow parser knows NaN, and tells lone surrogates and bad bytes from bad JSON
         return json.loads(record.decode(errors="surrogateescape"))
     except (ValueError, RecursionError):
-        return Fault("malformed JSON", record.strip())
+        return Fault(_MALFORMED, record.strip())
 
 
 def _field(record: object, key: str) -> object:
@@ -274,8 +290,9 @@ def _json_values(stream: io.BufferedReader, rules: TextRules, name: str) -> Iter
         content = stream.read(rules.max_record_bytes + 1)
         if len(content) > rules.max_record_bytes:
             raise UserError(f"{name} is one JSON value of over {rules.max_record_bytes} bytes; {wanted}")
-        if isinstance(_parsed(content), Fault):
-            raise UserError(f"{name} is not valid JSON: it begins with {content[:40]!r}; {wanted}")
+        if isinstance(fault := _parsed(content), Fault):
+            said = "not valid JSON" if fault.reason == _MALFORMED else f"one {fault.reason}"
+            raise UserError(f"{name} is {said}: it begins with {content[:40]!r}; {wanted}")
         yield content
 
 
@@ -283,13 +300,9 @@ def _csv_header(records: Iterator[bytes | Overlong], name: str) -> list[str] | N
     for record in records:
         if isinstance(record, Overlong):
             raise UserError(f"{name} is not valid CSV: no end to its first row, which begins with {record.head[:40]!r}")
-        if fields := _csv_fields(record):
+        if fields := csv_fields(record):
             return fields
     return None
-
-
-def _csv_fields(record: bytes) -> list[str]:
-    return next(csv.reader((record.decode(errors="surrogateescape"),)), [])
 
 
 def _read_csv(piece: Piece, judge: Judge, first: int) -> Records:
@@ -297,14 +310,16 @@ def _read_csv(piece: Piece, judge: Judge, first: int) -> Records:
     csv.field_size_limit(2**31 - 1)  # the default refuses fields over 128 KiB; a C long bounds it
     key, row = judge.rules.key, first
     with _stream(piece) as stream:
-        records = csv_records(stream, judge.rules.max_record_bytes)
+        records = csv_records(stream, judge.rules.max_record_bytes, name=piece.source.name)
         header = _csv_header(records, piece.source.name) or []
         column = header.index(key) if key in header else None
-        for record in records:
+        for record, sound in csv_rows(records, len(header)):
             if isinstance(record, Overlong):
                 yield from judge.overlong(row, record.head)
-            elif not (fields := _csv_fields(record)):
+            elif not (fields := csv_fields(record)):
                 continue
+            elif not sound:
+                yield from judge.rejected(row, "malformed CSV: a quote that does not close", record)
             elif column is None:
                 yield from judge.rejected(row, f"no key {key!r}", record)
             else:
@@ -324,15 +339,21 @@ def _read_parquet(piece: Piece, judge: Judge, first: int) -> Records:
             # Few rows at a time when they are large, and never many: equal texts are stored once.
             step = min(_BATCH_BYTES * metadata.num_rows // max(column_bytes(metadata, key), 1), _BATCH_ROWS)
             for batch in file.iter_batches(max(step, 1), row_groups=[group], columns=[key], use_threads=False):
-                yield from _column(batch.column(0), judge, row)
+                yield from _column(batch.column(key), judge, row)  # beside it may lie `key.x`
                 row += batch.num_rows
     return row - first
 
 
 def column_bytes(group: Any, key: str) -> int:
-    """Unpacked bytes of the column `key` in the metadata of a row group."""
-    columns = (group.column(number) for number in range(group.num_columns))
-    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema.split(".")[0] == key)
+    """Unpacked bytes of the column `key` in the metadata of a row group, at least one where it has rows.
+
+    A dot parts the names of nested columns, and may be in the name of a flat one, which then is the one that is meant.
+    """
+    columns = [group.column(number) for number in range(group.num_columns)]
+    sizes = [(column.path_in_schema, column.total_uncompressed_size) for column in columns]
+    flat = [size for path, size in sizes if path == key]
+    size: int = sum(flat or [size for path, size in sizes if path.startswith(f"{key}.")])
+    return size or min(int(group.num_rows), 1)
 
 
 def _column(column: Any, judge: Judge, first: int) -> Iterator[Record]:
