@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -165,7 +166,7 @@ def datasets_map(corpus: Path, tokenizer: str, workers: int, output: Path) -> No
     report(total, seconds=time.perf_counter() - began)
 
 
-def gpt2_of_tiktoken(tokenizer: str) -> object:
+def gpt2_of_tiktoken(tokenizer: str) -> Any:
     """A tiktoken encoding with the vocabulary of a GPT-2 `tokenizer.json`, which needs no download."""
     import tiktoken
 

@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.prepare import installed_sources, make_corpus, tree_memory
+from benchmarks.prepare import installed, make_corpus, texts_in, tree_memory
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
 def make_inputs(folder: Path, size: int) -> dict[str, list[str]]:
     """Write the inputs; the arguments of each case."""
     base = folder / "base.jsonl"
-    distinct = make_corpus(base, installed_sources(), min(size, 300 * 10**6))
+    distinct = make_corpus(base, texts_in(installed()), min(size, 300 * 10**6))
     large, text, line = folder / "large.jsonl", folder / "one.txt", folder / "line.jsonl"
     with large.open("wb") as file:
         for _ in range(-(-size // distinct)):

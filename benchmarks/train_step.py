@@ -52,7 +52,7 @@ def main() -> None:
     flops = flops_per_token(ours, context_length=CONTEXT)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {flops / 1e6:.0f} MFLOP per token")
     for precision in (torch.float32, torch.bfloat16):
-        rates = {name: [] for name in losses}
+        rates: dict[str, list[float]] = {name: [] for name in losses}
         for _ in range(rounds):
             for name, loss in losses.items():
                 rates[name].append(tokens_per_second(loss, optimizers[name], precision))
@@ -68,7 +68,7 @@ def tokens_per_second(loss: Callable[[], Tensor], optimizer: torch.optim.Optimiz
         began = perf_counter()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
             value = loss()
-        value.backward()
+        torch.autograd.backward(value)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seconds.append(perf_counter() - began)
