@@ -17,6 +17,11 @@ import json
 import sys
 from collections.abc import Sequence
 
+from pipeline.train.processes.early import stop_while_importing
+
+if __name__ == "__main__":
+    stop_while_importing()  # the rest may take a minute
+
 from pipeline.cli import read_command
 from pipeline.config import Config
 from pipeline.data.loading.loader import Loader, Prefetcher
@@ -38,11 +43,15 @@ from pipeline.train.step import Trainer, evaluate
 
 
 def main(job: Job) -> None:
-    """Settings and data are judged before any device is touched; then one run, from start to end."""
+    """Settings and data are judged before any device is touched; then one run, from start to end.
+
+    The ranks find each other before all that, so that whatever one of them meets with ends the others, too.
+    """
+    job.assemble()
     config, mode = read_command(sys.argv[1:])
     data = open_sources(config)
+    meet(job, config, datasets=[source.digest for source in data.described()])
     runtime = Runtime.start(config, job)
-    meet(runtime, config, datasets=[source.digest for source in data.described()])
     {"train": pretrain, "dry-run": dry_run, "evaluate": evaluate_only}[mode](config, data, runtime)
     runtime.stop()
 

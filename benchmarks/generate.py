@@ -37,7 +37,8 @@ def main() -> None:
         tokenizer = Path(folder) / "tokenizer.json"
         load_tokenizer("bytes").save(tokenizer)
         save_hf(model, Path(folder) / "hf", tokenizer_file=tokenizer, eos_id=256)
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "hf", dtype=torch.float32).train(False)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "hf", dtype=torch.float32)
+        theirs.train(False)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {PROMPT} + {new} tokens")
     for precision in ("float32", "bfloat16"):
         if precision == "bfloat16":

@@ -2,9 +2,10 @@
 
 In: any exception. Out: exit code 0 (done), 1 (done in part: `Unfinished`, one message, or ours to mend: a traceback),
 2 (the user's to mend, one message), 75 (asked to stop, can be continued: `StoppedEarly`), 130 (Ctrl-C, in commands that
-have nothing to save: training makes it 75). Training has one more: 124, ended by its watch (`processes/pulse.py`)
-because there was no progress or another rank failed. Under torchrun a rank that was asked to stop exits with 0, for
-torchrun would start it again; torchrun itself exits with 1 for whatever its ranks fail with.
+have nothing to save: training makes it 75). Training has more: 124, ended by its watch (`processes/pulse.py`) because
+there was no progress or another rank failed; 130 and 143, ended by a second SIGINT or SIGTERM before it had saved.
+Under torchrun a rank that was asked to stop exits with 0, for torchrun would start it again; torchrun itself exits with
+1 for whatever its ranks fail with.
 """
 
 from __future__ import annotations

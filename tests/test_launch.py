@@ -20,10 +20,11 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from launch.ranks import exit_code
+from launch.ranks import STOPS, Agent, code_left, exit_code
 from pipeline.data.dataset import open_dataset
 from pipeline.errors import EXIT_STOPPED, EXIT_USER_ERROR
 from pipeline.status import Status, read_status
+from pipeline.train.processes.ending import hand_over
 from tests.support import end_tree, record, run_ranks, tiny_settings, write_config
 
 ROOT = Path(__file__).parents[1]
@@ -70,6 +71,17 @@ CODES = {
     (0, None, None, False): 0,
     (1, None, None, True): 75,
     (-15, None, None, False): 143,
+}
+# What a rank has left for the launcher, where the run did not come to tell.
+LEFT = {
+    (1, None, None, 2, False): 2,  # a mistake that only ranks find
+    (1, "running", None, 143, True): 143,
+    (1, "failed", 1, 2, False): 2,  # of an earlier start, and of the last
+    (0, None, None, 75, False): 75,  # a signal that went to ranks alone
+    (1, None, None, 75, False): 1,  # torchrun stopped this one, for another rank had failed
+    (1, None, None, 75, True): 75,
+    (1, "finished", 0, 124, False): 0,
+    (0, None, None, 1, False): 0,  # of an earlier start; the last one is done
 }
 
 
@@ -197,6 +209,60 @@ def test_the_exit_code_is_what_became_of_the_run(case: tuple[int, Any, int | Non
     launched, word, told, asked = case
     status = None if word is None else Status(status=word, step=3, exit_code=told, message="")
     assert exit_code(launched, status, asked=asked) == code
+
+
+@pytest.mark.parametrize(("case", "code"), LEFT.items(), ids=str)
+def test_a_rank_tells_the_launcher_what_no_run_does(case: tuple[int, Any, int | None, int, bool], code: int) -> None:
+    launched, word, told, left, asked = case
+    status = None if word is None else Status(status=word, step=3, exit_code=told, message="")
+    assert exit_code(launched, status, left=left, asked=asked) == code
+
+
+def test_the_last_start_of_the_ranks_counts(tmp_path: Path) -> None:
+    assert code_left(tmp_path) is None
+    for start, code in (("0", 1), ("10", 2), ("9", 124)):
+        hand_over(str(tmp_path / start), code)
+        hand_over(str(tmp_path / start), 75)  # the first of several ranks is heard
+    assert code_left(tmp_path) == 2
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in STOPS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_signal_counts_again_after_the_last_that_counted(
+    handlers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C every 1.5 s: the third is a second signal, though only 1.5 s after the echo before it."""
+    clock = iter([100.0, 101.5, 103.0])
+    agent = Agent(["--help"], {**os.environ, "PATH": str(tmp_path)})
+    agent.wait()
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    accepted = []
+    for _ in range(3):
+        agent._stop(signal.SIGINT, None)
+        accepted.append(agent.asked_at)
+    assert accepted == [100.0, 100.0, 103.0]
+
+
+def test_a_signal_while_torchrun_starts_reaches_it(
+    handlers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    popen = subprocess.Popen
+
+    def interrupted(*arguments: Any, **named: Any) -> subprocess.Popen[bytes]:
+        process = popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    agent = Agent([], {})
+    assert agent.wait() == -signal.SIGTERM
+    assert agent.asked_at is not None
 
 
 def documents() -> list[dict[str, Any]]:
@@ -364,6 +430,36 @@ def test_a_signal_before_the_run_has_begun_is_a_stop(
     printed, _ = launch.communicate(timeout=60)
     assert launch.returncode == EXIT_STOPPED, printed
     assert not psutil.pid_exists(torchrun.pid)
+
+
+@pytest.mark.slow
+def test_a_mistake_that_only_ranks_find_has_its_code(
+    dataset: Path, tmp_path: Path, started: list[subprocess.Popen[str]]
+) -> None:
+    """Before the run has begun, and so without a status: Kubernetes would start it again and again."""
+    environment = {**commands(tmp_path / "bin"), "RANKS": "2"}
+    config = config_of(tmp_path / "none", tmp_path / "run", steps=12)
+    launch = launched(started, environment, "launch/one_node.sh", config)
+    printed, _ = launch.communicate(timeout=120)
+    assert launch.returncode == EXIT_USER_ERROR, printed
+    assert printed.count("error: ") == 1, printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "elastic"), [("SIGTERM", False), ("SIGINT", False), ("SIGUSR1", True)])
+def test_a_signal_while_libraries_are_imported_is_a_stop(
+    name: str, elastic: bool, tmp_path: Path, started: list[subprocess.Popen[str]]
+) -> None:
+    environment = {**commands(tmp_path / "bin"), **({"TORCHELASTIC_RUN_ID": "x"} if elastic else {})}
+    launch = launched(started, environment, sys.executable, "pretrain.py", "--data.path", tmp_path / "none")
+    deadline = time.monotonic() + 60
+    while not catches(launch.pid):
+        assert time.monotonic() < deadline, "it hears nothing"
+        time.sleep(0.01)
+    launch.send_signal(getattr(signal, name))
+    printed, _ = launch.communicate(timeout=60)
+    assert launch.returncode == (0 if elastic else EXIT_STOPPED), printed
+    assert printed == f"stopped by {name} while starting, so nothing was lost; run the same command again to go on\n"
 
 
 def children_of(pid: int) -> list[psutil.Process]:

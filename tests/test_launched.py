@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from torch.distributed.launcher.api import LaunchConfig
 
 from pipeline.errors import UserError
-from pipeline.train.processes.launched import Launch, _prepare, first_host, launch_of, tasks_per_node
+from pipeline.train.processes.launched import (
+    Launch,
+    _prepare,
+    first_host,
+    for_torchrun,
+    launch_of,
+    tasks_per_node,
+)
 
 TORCHRUN = {
     "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2",
@@ -90,6 +100,24 @@ def test_first_host(text: str, first: str) -> None:
 
 def test_tasks_per_node() -> None:
     assert tasks_per_node("8(x3),2,1(x2)") == [8, 8, 8, 2, 1, 1]
+
+
+def test_what_launch_ranks_tells_torchrun_and_its_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    environment = for_torchrun(Path("/tmp/x"))  # noqa: S108 - nothing is written
+    assert launch_of({**TORCHRUN, **environment}, host="h").endings == "/tmp/x/0"  # noqa: S108
+    again = {**TORCHRUN, **environment, "TORCHELASTIC_RESTART_COUNT": "2"}
+    assert launch_of(again, host="h").endings == "/tmp/x/2"  # noqa: S108
+    assert launch_of({"TORCHELASTIC_RUN_ID": "x", **environment}, host="h").endings == "/tmp/x/0"  # noqa: S108
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "7")
+    assert for_torchrun(Path())["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "7", "the user's own stays"
+
+
+def test_torchrun_waits_as_long_as_ranks_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks for the variable itself; a version that does not would send SIGKILL after 30 s."""
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", for_torchrun(Path())["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=1)
+    assert getattr(config, "shutdown_timeout", 0) >= 3600
 
 
 def test_libraries_are_prepared_but_the_users_settings_stay() -> None:

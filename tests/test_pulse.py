@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,10 +17,13 @@ import pytest
 import torch.distributed as dist
 
 from pipeline.errors import StoppedEarly, UserError
-from pipeline.train.processes import job as job_module
+from pipeline.train.processes import ending as ending_module
+from pipeline.train.processes import pulse as pulse_module
+from pipeline.train.processes import roll as roll_module
+from pipeline.train.processes.ending import Ending
 from pipeline.train.processes.job import Job, run_job
 from pipeline.train.processes.launched import Launch
-from pipeline.train.processes.pulse import Ending, Pulse, is_consequence
+from pipeline.train.processes.pulse import Pulse, is_consequence
 from tests.support import FORKS, _print_into
 
 pytestmark = pytest.mark.slow
@@ -327,8 +332,174 @@ def test_a_signal_during_start_up_ends_all_at_once(
     assert ended.joined.count("\n") == 1
 
 
+def echoed(job: Job) -> None:
+    """A step longer than what is taken for an echo, in which a signal comes twice, as from srun and from torchrun."""
+    together(job)
+    job.pulse.limit = 60
+    if job.launch.rank == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(2.5)
+    everybody(job, "step")
+    if job.launch.rank == 0:
+        assert job.stop(), "the signal was forgotten"
+    raise StoppedEarly("saved")
+
+
+def test_an_echo_is_no_second_signal(tmp_path: Path) -> None:
+    ended = play(echoed, tmp_path, ranks=2)
+    assert ended.codes == [75, 75], ended.joined
+    assert ended.printed[0] == ("SIGTERM: stopping after this step; a second signal ends the process at once\nsaved\n")
+
+
+def insists(job: Job) -> None:
+    together(job)
+    job.pulse.on_end = lambda code, text: print(code, text, flush=True)
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1.2)
+
+
+def test_a_second_signal_is_recorded(tmp_path: Path) -> None:
+    ended = play(insists, tmp_path, ranks=1)
+    assert ended.codes == [143]
+    assert "143 SIGTERM for the second time: ending at once\n" in ended.joined
+
+
+def without_a_reader() -> None:
+    """stderr is a pipe to a `tee` that has died."""
+    reader, writer = os.pipe()
+    os.dup2(writer, 2)
+    os.close(writer)
+    os.close(reader)
+
+
+def is_unheard(job: Job) -> None:
+    together(job)
+    if job.launch.rank == 0:
+        without_a_reader()
+    if job.launch.world_size > 1:
+        everybody(job, "step")
+        if job.launch.rank == 1:
+            raise ValueError("the root cause")
+        waits(job)
+    dozing()
+
+
+def test_a_dead_stderr_disables_no_watch(tmp_path: Path) -> None:
+    ended = play(is_unheard, tmp_path, ranks=1)
+    assert ended.codes == [124]
+    ended = play(is_unheard, tmp_path, ranks=2)
+    assert ended.codes == [124, 1], ended.joined
+    assert ended.seconds < 20
+
+
+def stops_unheard(job: Job) -> None:
+    without_a_reader()
+    raise StoppedEarly("saved")
+
+
+def test_a_dead_stderr_changes_no_exit_code(tmp_path: Path) -> None:
+    assert play(stops_unheard, tmp_path, ranks=1).codes == [75]
+
+
+def has_a_broken_watch(job: Job) -> None:
+    job.pulse._watch_self = lambda elapsed: 1 / 0  # type: ignore[assignment, method-assign, return-value]
+    dozing()
+
+
+def test_a_watch_that_fails_ends_the_process(tmp_path: Path) -> None:
+    ended = play(has_a_broken_watch, tmp_path, ranks=1)
+    assert ended.codes == [124]
+    assert "this process ends because its watch failed:\nTraceback" in ended.joined
+
+
+def hangs_in_a_stalled_folder(job: Job) -> None:
+    ending_module.WRITING = pulse_module.WRITING = 1.0
+    together(job)
+    job.pulse.stacks = Path(os.environ["STACKS"])
+    job.pulse.on_end = lambda code, text: dozing()
+    if job.launch.rank == 1:
+        dozing()
+    waits(job)
+
+
+def test_a_stalled_file_system_holds_up_no_watch(tmp_path: Path) -> None:
+    (tmp_path / "stacks").mkdir()
+    for rank in (0, 1):
+        os.mkfifo(tmp_path / "stacks" / f"rank-{rank}.txt")  # to open one that nobody reads takes for ever
+    ended = play(hangs_in_a_stalled_folder, tmp_path, ranks=2, STACKS=str(tmp_path / "stacks"))
+    assert ended.codes == [124, 124], ended.joined
+    assert ended.seconds < 25
+    assert ended.joined.count("error: no progress for") == 1
+    assert "in dozing\n    time.sleep(100)" in ended.printed[1]
+
+
+def is_halted_with_the_store(job: Job) -> None:
+    pulse_module.SILENCE = 3.0
+    together(job)
+    job.pulse.limit = 60
+    everybody(job, "step")
+    if job.launch.rank == 0:
+        if os.fork() == 0:
+            time.sleep(15)
+            os.kill(os.getppid(), signal.SIGKILL)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    ended = time.monotonic() + 30
+    while time.monotonic() < ended:
+        job.pulse.beat("busy")
+        time.sleep(0.1)
+
+
+def test_a_store_that_does_not_answer_ends_those_who_ask_it(tmp_path: Path) -> None:
+    """Its host is halted or without power: no connection ends, and a read from the store would wait for ever."""
+    began = time.monotonic()
+    ended = play(is_halted_with_the_store, tmp_path, ranks=2)
+    assert ended.codes == [-signal.SIGKILL, 124], ended.joined
+    assert "rank 1 on host1 ends because the store of the job at 127.0.0.1:" in ended.printed[1]
+    assert "has not answered for" in ended.printed[1]
+    assert time.monotonic() - began < 30
+
+
+def ends_in_the_roll(job: Job) -> None:
+    """Rank 1 ends when it has answered, while rank 2 is still to come; `HOW`: a signal's name, or an error."""
+    if job.launch.rank == 2:
+        time.sleep(3)
+    if job.launch.rank == 1:
+        number = getattr(signal, os.environ["HOW"])
+        threading.Timer(1.0, os.kill, (os.getpid(), number)).start()
+    together(job)
+
+
+@pytest.mark.parametrize(("how", "codes"), [("SIGKILL", [124, -9, 124]), ("SIGTERM", [75, 75, 75])])
+def test_one_that_ends_before_all_have_met_ends_all(how: str, codes: list[int], tmp_path: Path) -> None:
+    ended = play(ends_in_the_roll, tmp_path, ranks=3, HOW=how)
+    assert ended.codes == codes, ended.joined
+    assert ended.seconds < 15
+    for rank in (0, 2):
+        told = f"rank {rank} on host{rank} ends because rank 1 on host1 failed: it is gone without a word"
+        assert (told in ended.printed[rank]) == (how == "SIGKILL")
+    assert "Traceback" not in ended.joined
+
+
+def root_ends_in_the_roll(job: Job) -> None:
+    if job.launch.rank == 0:
+        threading.Timer(1.0, os.kill, (os.getpid(), getattr(signal, os.environ["HOW"]))).start()
+    together(job)
+
+
+@pytest.mark.parametrize(("how", "code"), [("SIGKILL", 124), ("SIGTERM", 75)])
+def test_rank_0_that_ends_before_all_have_met_ends_all(how: str, code: int, tmp_path: Path) -> None:
+    ended = play(root_ends_in_the_roll, tmp_path, ranks=3, missing=(2,), HOW=how)
+    assert ended.codes[1] == code, ended.joined
+    assert ended.seconds < 15
+    assert "Traceback" not in ended.joined
+
+
 def comes(job: Job) -> None:
-    job_module.NOTICE = 1.0
+    roll_module.NOTICE = 1.0
     together(job, limit=3.0)
 
 
@@ -415,11 +586,18 @@ def test_consequences_are_told_from_causes(error: BaseException, expected: bool)
     assert is_consequence(error) == expected
 
 
-def test_the_end_is_recorded_by_rank_0_with_the_code_of_the_cause() -> None:
+def full(code: int, text: str) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_the_end_is_recorded_by_rank_0_with_the_code_of_the_cause(capsys: pytest.CaptureFixture[str]) -> None:
     heard: list[tuple[int, str]] = []
     for rank in (0, 1):
         pulse = Pulse(Launch(rank=rank, world_size=2))
         pulse.on_end = lambda code, text: heard.append((code, text))
         pulse.notify(2, "x")
         pulse.notify(0, "stopped under torchrun")
+        pulse.on_end = full
+        pulse.notify(2, "ends all the same")
     assert heard == [(2, "x"), (75, "stopped under torchrun")]
+    assert "how the run ended was not recorded: OSError(28, 'No space left on device')" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.train.processes.pulse import tell
+from pipeline.train.processes.ending import tell
 from pipeline.train.processes.signals import ECHO, StopSignal
 from tests.support import FORKS, _print_into
 
@@ -31,7 +31,7 @@ def in_a_process(scenario: Scenario, tmp_path: Path) -> tuple[int, str]:
 def _play(scenario: Scenario, output: str) -> None:
     _print_into(output)
     heard: list[str] = []
-    stop = StopSignal(at_once=heard.append, answer=tell)
+    stop = StopSignal(at_once=heard.append, answer=tell, end=lambda code, text: os._exit(code))
     scenario(stop, heard)
 
 

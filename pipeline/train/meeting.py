@@ -1,8 +1,9 @@
 """Whether the ranks of a job are one job: the same code, settings and data, each on a device of its own.
 
 In: what each rank sees of itself. Out: a table of who is here, or one error on all ranks that names who differs and in
-what. Ranks that agree on nothing but their number would otherwise train a model of nothing, or wait for ever. That they
-share the folder of checkpoints is looked at by `store.py`.
+what. Ranks that agree on nothing but their number would otherwise train a model of nothing, or wait for ever. It takes
+no more than the store of the job, and comes before the process group, in which different versions might wait for ever.
+That they share the folder of checkpoints is looked at by `store.py`.
 """
 
 from __future__ import annotations
@@ -19,31 +20,37 @@ from rich.table import Table
 
 from pipeline.config import Config, resolved
 from pipeline.errors import UserError
+from pipeline.train.processes.ending import tell
+from pipeline.train.processes.job import Job
 from pipeline.train.processes.launched import Launch
-from pipeline.train.runtime import Runtime, git_commit
+from pipeline.train.processes.pulse import PATIENCE
+from pipeline.train.runtime import SteadyConsole, device_of, git_commit
 
-LIMIT = 60.0  # seconds in which all have to speak
+NOTICE = 60.0  # seconds after which a rank that has not spoken is named
 SHOWN = 8  # differences in a message
 
 
-def meet(runtime: Runtime, config: Config, *, datasets: Sequence[str]) -> None:
+def meet(job: Job, config: Config, *, datasets: Sequence[str]) -> None:
     """Compare all ranks with rank 0, which prints a table; alone there is nothing to compare. `datasets`: digests.
 
-    Errors, the same on all ranks: other settings, data, code or PyTorch; two ranks on one GPU; a rank that does not
-    speak within `LIMIT`.
+    Errors, the same on all ranks: other settings, data, code or PyTorch; two ranks on one GPU. One that does not come
+    is named after `NOTICE`, and by the pulse at the end of its patience.
     """
-    if runtime.world_size == 1:
+    if job.launch.world_size == 1:
         return
+    job.pulse.beat("the data is open")
     facts = {
         "torch": torch.__version__,
         "code": git_commit() or "unknown",
         "data": ", ".join(datasets),
         **_flat(config),
     }
-    device = {"device": _device_name(runtime.device), "uuid": _uuid(runtime.device)}
-    present = confer(runtime.job.store, runtime.job.launch, facts=facts, device=device, limit=LIMIT)
-    if runtime.is_main:
-        runtime.console.print(table(present, facts))
+    own = device_of(config.train, job.launch)
+    device = {"device": _device_name(own), "uuid": _uuid(own)}
+    limit = 2 * PATIENCE * max(job.pulse.limit, 60 * config.train.hang_minutes)
+    present = confer(job.store, job.launch, facts=facts, device=device, limit=limit)
+    if job.launch.rank == 0:
+        SteadyConsole(highlight=False, soft_wrap=True).print(table(present, facts))
 
 
 def confer(
@@ -55,10 +62,10 @@ def confer(
     """
     own = {"host": launch.host, **device}
     if launch.rank > 0:
-        reference = json.loads(_wait(store, "meeting/reference", limit, who="rank 0"))
+        reference = json.loads(_wait(store, "meeting/reference", limit, who="rank 0", quietly=True))
         differs = {key: [facts.get(key), value] for key, value in reference.items() if facts.get(key) != value}
         store.set(f"meeting/rank/{launch.rank}", json.dumps({**own, "differs": differs}))
-        verdict = _wait(store, "meeting/verdict", limit + 10, who="rank 0").decode()
+        verdict = _wait(store, "meeting/verdict", limit + 10, who="rank 0", quietly=True).decode()
         if verdict:
             raise UserError(verdict)
         return []
@@ -119,12 +126,16 @@ def table(present: Sequence[Mapping[str, Any]], facts: Mapping[str, str]) -> Tab
     return shown
 
 
-def _wait(store: dist.Store, key: str, limit: float, *, who: str) -> bytes:
+def _wait(store: dist.Store, key: str, limit: float, *, who: str, quietly: bool = False) -> bytes:
     """The value of a key as soon as it is there."""
-    until = time.monotonic() + limit
+    began, told = time.monotonic(), quietly
     while not store.check([key]):
-        if time.monotonic() > until:
-            raise UserError(f"{who} did not speak within {LIMIT:.0f} s of the start; look at what it was doing")
+        waited = time.monotonic() - began
+        if waited > limit:
+            raise UserError(f"{who} did not speak within {limit:.0f} s of the start; look at what it was doing")
+        if waited > NOTICE and not told:
+            told = True
+            tell(f"{who} has not spoken within {waited:.0f} s: it may still be opening its data")
         time.sleep(0.05)
     return bytes(store.get(key))
 

@@ -12,7 +12,9 @@ import platform
 import socket
 import subprocess
 import sys
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -28,10 +30,12 @@ from torch import Tensor
 
 from pipeline.config import Config, TrainConfig
 from pipeline.errors import UserError
+from pipeline.train.processes.ending import tell
 from pipeline.train.processes.job import Job
-from pipeline.train.processes.launched import prepare_libraries
+from pipeline.train.processes.launched import Launch, prepare_libraries
 from pipeline.train.processes.pulse import PATIENCE, Pulse
 
+NOTICE = 60.0  # seconds after which a process group that does not come about is told of
 GARBAGE_STEPS = 100  # steps between collections
 LONG_STEP = 20.0  # seconds: with its checkpoint such a step hardly fits into the 30 s that torchrun leaves
 
@@ -59,16 +63,15 @@ class Runtime:
         job: this process as `run_job` made it; without one it is alone.
         """
         job = Job.alone() if job is None else job
-        device_type = _device_type(config.train)
-        prepare_libraries(deterministic=config.train.deterministic)
+        own = device_of(config.train, job.launch)
         if config.train.deterministic:
             torch.use_deterministic_algorithms(True)
         job.pulse.limit = 60 * config.train.hang_minutes
         job.pulse.stacks = Path(config.run_dir) / "stacks"
         if config.train.max_minutes is not None and job.signal is not None and job.launch.rank == 0:
             job.signal.within(config.train.max_minutes)
-        _join_group(job, device_type, alone_too=config.parallel.strategy in ("fsdp", "hsdp"))
-        accelerator = _accelerator(config, device_type)
+        _join_group(job, own, alone_too=config.parallel.strategy in ("fsdp", "hsdp"))
+        accelerator = _accelerator(config, own.type)
         if job.launch.world_size != accelerator.num_processes:
             launched = job.launch.world_size
             raise UserError(f"launched as one of {launched} ranks but joined a group of {accelerator.num_processes}")
@@ -77,7 +80,7 @@ class Runtime:
             device=_numbered(accelerator.device),
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
-            precision=_precision(config.train, device_type),
+            precision=_precision(config.train, own.type),
             console=SteadyConsole(highlight=False, soft_wrap=True),
             local_rank=job.launch.local_rank,
             local_world_size=job.launch.local_world_size,
@@ -129,7 +132,8 @@ class Runtime:
         """What is due between steps: the first has compiled and may have taken its time, garbage is collected."""
         self.job.steady()
         self.collect_garbage(step)
-        if seconds > LONG_STEP and self.job.launch.elastic and self.job.once("long step"):
+        launch = self.job.launch
+        if seconds > LONG_STEP and launch.elastic and not launch.endings and self.job.once("long step"):
             self.say(
                 f"warning: a step takes {seconds:.0f} s, and torchrun kills its ranks 30 s after SIGTERM: what is not "
                 "saved by then is lost; use smaller batches or launch by launch/, which waits (said once)"
@@ -179,7 +183,20 @@ class SteadyConsole(Console):
         os.dup2(devnull, sys.stdout.fileno())  # what other libraries print must not fail either
 
 
-def _join_group(job: Job, device_type: str, *, alone_too: bool) -> None:
+def device_of(config: TrainConfig, launch: Launch) -> torch.device:
+    """The device of this process; what libraries look for when it starts is set before. Errors: it is not there."""
+    prepare_libraries(deterministic=config.deterministic)
+    if _device_type(config) == "cpu":
+        return torch.device("cpu")
+    if launch.local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"{launch.who} is number {launch.local_rank} on its host, but may use {torch.cuda.device_count()} GPUs "
+            "there; start as many processes per node as it has GPUs"
+        )
+    return torch.device("cuda", launch.local_rank)
+
+
+def _join_group(job: Job, device: torch.device, *, alone_too: bool) -> None:
     """Start the process group, in a session of the store that no earlier start of these ranks has written to.
 
     Accelerate would start it, but from MASTER_PORT: the store there may be older than this start (see `job.py`).
@@ -188,19 +205,34 @@ def _join_group(job: Job, device_type: str, *, alone_too: bool) -> None:
     launch = job.launch
     if launch.world_size == 1 and not alone_too:
         return
-    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
-    if device_type == "cuda":
-        if launch.local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"{launch.who} is number {launch.local_rank} on its host, but may use {torch.cuda.device_count()} GPUs "
-                "there; start as many processes per node as it has GPUs"
-            )
-        torch.cuda.set_device(launch.local_rank)
-    if launch.world_size > 1:
-        job.assemble(limit=job.pulse.limit)
-    dist.init_process_group(
-        backend, store=job.store, rank=launch.rank, world_size=launch.world_size, timeout=_patience(job)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    job.assemble()
+    with _told_if_slow(launch):
+        dist.init_process_group(
+            backend, store=job.store, rank=launch.rank, world_size=launch.world_size, timeout=_patience(job)
+        )
+        if launch.world_size > 1:
+            dist.all_reduce(torch.zeros(1, device=device))  # NCCL connects at its first exchange
+
+
+@contextmanager
+def _told_if_slow(launch: Launch) -> Iterator[None]:
+    """Say what to look at when ranks that have all reached rank 0 do not reach each other."""
+    text = (
+        f"the {launch.world_size} ranks have found rank 0, but have not connected to each other within {NOTICE:.0f} s; "
+        "a firewall, or an interface that other machines do not reach: name the right one by GLOO_SOCKET_IFNAME and "
+        "NCCL_SOCKET_IFNAME (docs/launch.md)"
     )
+    timer = threading.Timer(NOTICE, tell, (text,))
+    timer.daemon = True
+    if launch.rank == 0:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _patience(job: Job) -> timedelta:

@@ -9,12 +9,15 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import pipeline.train.runtime as runtime_module
 from pipeline.train.saving.checkpoint import list_checkpoints, verify
 from tests.distributed.faulty import act_of, at
 from tests.support import (
@@ -77,6 +80,9 @@ def test_a_rank_that_fails_ends_all(place: str, kind: str, dataset: Path, tmp_pa
         assert printed.count("rank 1 on ") >= 1
         assert printed.count("in injected") == 1
         assert status_of(tmp_path / "run") == ("failed", 1)
+    elif kind == "is killed":
+        assert re.search(r"rank 1 on \S+( failed)?: it is gone without a word", printed), printed
+        assert status_of(tmp_path / "run") == ("failed", 124)
     elif kind == "sleeps":
         assert printed.count("error: no progress for") == 1, printed
         late = printed.split("error: no progress for")[1]
@@ -249,18 +255,20 @@ def test_tasks_of_srun_are_a_job(place: str, what: str, codes: list[int], datase
     assert ("rank 0 on" in printed) == (what == "is killed"), printed
 
 
-def run_tasks(configs: list[Path], folder: Path, *, place: str, what: str) -> tuple[list[int | None], str]:
+def run_tasks(
+    configs: list[Path], folder: Path, *, place: str, what: str, task: Callable[..., None] = as_srun_does
+) -> tuple[list[int | None], str]:
     """Exit codes and what was printed of tasks of srun, each with a config of its own."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     outputs = [str(folder / f"{rank}.txt") for rank in range(len(configs))]
     arguments = [(rank, port, str(config), outputs[rank], place, what) for rank, config in enumerate(configs)]
-    tasks = [FORKS.Process(target=as_srun_does, args=one) for one in arguments]
-    for task in tasks:
-        task.start()
-    for task in tasks:
-        task.join(60)
-    return [task.exitcode for task in tasks], "".join(Path(output).read_text() for output in outputs)
+    tasks = [FORKS.Process(target=task, args=one) for one in arguments]
+    for one in tasks:
+        one.start()
+    for one in tasks:
+        one.join(60)
+    return [one.exitcode for one in tasks], "".join(Path(output).read_text() for output in outputs)
 
 
 def test_ranks_that_do_not_belong_together_are_refused(dataset: Path, tmp_path: Path) -> None:
@@ -280,6 +288,60 @@ def test_ranks_that_do_not_belong_together_are_refused(dataset: Path, tmp_path: 
         assert not (tmp_path / "run").exists()
 
 
+def differs_in_torch(rank: int, port: int, config: str, output: str, place: str, what: str) -> None:
+    """Another PyTorch in rank 1, whose process group would never come about."""
+    if rank == 1:
+        torch.__version__ = "0.1"
+    torch.distributed.init_process_group = dozes  # type: ignore[assignment]
+    as_srun_does(rank, port, config, output, place, what)
+
+
+def dozes(*arguments: Any, **named: Any) -> None:
+    time.sleep(100)
+
+
+def test_ranks_are_compared_before_the_process_group(dataset: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "a.yaml", settings_of(dataset, tmp_path / "run"))
+    codes, printed = run_tasks([config] * 2, tmp_path, place="nowhere", what="raises", task=differs_in_torch)
+    assert codes == [2, 2], printed
+    assert "torch: rank 1 on " in printed
+
+
+@pytest.mark.parametrize("what", ["no data", "no config"])
+def test_a_mistake_on_one_host_ends_all(what: str, dataset: Path, tmp_path: Path) -> None:
+    """A node on which the data is not mounted, or the config does not lie: nobody waits for its ranks."""
+    config = write_config(tmp_path / "a.yaml", settings_of(dataset, tmp_path / "run"))
+    other = tmp_path / "b.yaml"
+    if what == "no data":
+        write_config(other, settings_of(tmp_path / "none", tmp_path / "run"))
+    began = time.monotonic()
+    codes, printed = run_tasks([config, other], tmp_path, place="nowhere", what="raises")
+    assert codes == [124, 2], printed
+    assert time.monotonic() - began < SOON
+    assert printed.count("error: ") == 1, printed
+    assert re.search(r"rank 0 on \S+ ends because rank 1 on \S+ failed: ", printed), printed
+
+
+def hears_nothing_of_the_others(rank: int, port: int, config: str, output: str, place: str, what: str) -> None:
+    """As if gloo of one could not reach that of the other."""
+    runtime_module.NOTICE = 0.5
+    join = torch.distributed.init_process_group
+
+    def slowly(*arguments: Any, **named: Any) -> None:
+        time.sleep(2)
+        join(*arguments, **named)
+
+    torch.distributed.init_process_group = slowly  # type: ignore[assignment]
+    as_srun_does(rank, port, config, output, place, what)
+
+
+def test_a_process_group_that_does_not_come_about_is_told_of(dataset: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "a.yaml", settings_of(dataset, tmp_path / "run"))
+    codes, printed = run_tasks([config] * 2, tmp_path, place="nowhere", what="raises", task=hears_nothing_of_the_others)
+    assert codes == [0, 0], printed
+    assert printed.count("name the right one by GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME") == 1
+
+
 def test_a_signal_while_compiling_ends_all_at_once(dataset: Path, tmp_path: Path) -> None:
     sections = {"train": {"compile": True}}
     config = write_config(tmp_path / "a.yaml", tiny_settings(dataset, tmp_path / "run", **sections))
@@ -291,9 +353,16 @@ def test_a_signal_while_compiling_ends_all_at_once(dataset: Path, tmp_path: Path
     assert list_checkpoints(tmp_path / "run" / "checkpoints") == []
 
 
-def test_time_is_up(dataset: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path / "a.yaml", settings_of(dataset, tmp_path / "run", train={"steps": 100_000}))
-    code, printed = run_pretrain(config, "--train.max-minutes", "0.05")
-    assert code == 75, printed
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_time_is_up(ranks: int, dataset: Path, tmp_path: Path) -> None:
+    train = {"steps": 100_000, "max_minutes": 0.05}
+    config = write_config(tmp_path / "a.yaml", settings_of(dataset, tmp_path / "run", train=train))
+    if ranks == 1:
+        code, printed = run_pretrain(config)
+        assert code == 75, printed
+    else:  # rank 0 has the watch
+        codes, printed = run_tasks([config] * 2, tmp_path, place="nowhere", what="raises")
+        assert codes == [75, 75], printed
+    assert status_of(tmp_path / "run") == ("stopped", 75)
     assert "everything is saved; go on with the same command" in printed
     assert list_checkpoints(tmp_path / "run" / "checkpoints") != []

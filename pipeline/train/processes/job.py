@@ -7,27 +7,30 @@ are heard and a fault in start-up ends the others, too.
 from __future__ import annotations
 
 import faulthandler
-import json
+import os
 import socket
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
-from typing import Any, NoReturn
-from uuid import uuid4
+from typing import NoReturn
 
 import torch.distributed as dist
 
-from pipeline.errors import EXIT_UNFINISHED, StoppedEarly, UserError, tell, verdict
+from pipeline.errors import EXIT_UNFINISHED, StoppedEarly, UserError, print_all_characters, tell, verdict
 from pipeline.train.processes import pulse as pulse_of_job
+from pipeline.train.processes.early import AGAIN
+from pipeline.train.processes.ending import Ended, within
+from pipeline.train.processes.ending import tell as tell_text
 from pipeline.train.processes.launched import Launch, read_launch
 from pipeline.train.processes.lifeline import Lifelines
 from pipeline.train.processes.pulse import STDERR, Pulse, is_consequence
+from pipeline.train.processes.roll import find_each_other, wait_for_port
 from pipeline.train.processes.signals import StopSignal
 
-NOTICE = 60.0  # seconds after which ranks that have not come are named
-AGAIN = "run the same command again to go on"
-BETWEEN = 0.05  # seconds between looks for them
+ARRIVAL = 600.0  # seconds in which all ranks have to come; some may wait long for their libraries
+RECORDING = 1.0  # seconds that a second signal leaves for the record of the end
 
 
 class Job:
@@ -42,7 +45,7 @@ class Job:
         self._said: frozenset[str] = frozenset()
         if watched:
             faulthandler.enable(file=STDERR)  # a crash in C tells where
-            self.signal = StopSignal(at_once=self._stop_at_once, answer=self._answer)
+            self.signal = StopSignal(at_once=self._stop_at_once, answer=self._answer, end=self._end)
             self.stop = self.signal
             self.pulse.start()
 
@@ -56,8 +59,13 @@ class Job:
 
     def _answer(self, text: str) -> None:
         """Tell the user, unless the signal is only the launcher's way to end the other ranks of a job that failed."""
-        if self.launch.local_rank == 0 and not self.pulse.ends(within=pulse_of_job.GRACE):
-            pulse_of_job.tell(text)
+        if self.launch.local_rank == 0 and not self.pulse.ends(wait=pulse_of_job.GRACE):
+            tell_text(text)
+
+    def _end(self, code: int, text: str) -> NoReturn:
+        """End at a second signal, and record it if that takes no time."""
+        within(RECORDING, lambda: self.pulse.notify(code, text))
+        os._exit(code)
 
     def steady(self) -> None:
         """The first step is done: from now on there is something to save, and steps take their usual time."""
@@ -70,15 +78,18 @@ class Job:
         said, self._said = what in self._said, self._said | {what}
         return not said
 
-    def assemble(self, *, limit: float) -> None:
-        """Find the other ranks: from now on `store` is one that they share.
+    def assemble(self, *, limit: float = ARRIVAL) -> None:
+        """Find the other ranks, once: from now on `store` is one that they share. Alone there is nobody to find.
 
-        limit: seconds to wait for them; those missing are named earlier, once. Errors: they have not come by then.
+        limit: seconds to wait for them; those missing are named earlier, once. Errors: they have not come by then;
+        `Ended`, when one of them has ended meanwhile.
         """
         launch = self.launch
+        if launch.world_size == 1 or self.pulse.joined:
+            return
         address, port = launch.address, launch.port
         if not launch.serves:
-            _wait_for_port(launch, limit=limit)
+            wait_for_port(launch, limit=limit)
         patience = timedelta(seconds=limit)
         stores = [
             dist.TCPStore(
@@ -87,14 +98,15 @@ class Job:
             for _ in range(2)
         ]
         lifelines = Lifelines()
-        roll = _call_roll if launch.rank == 0 else _answer_roll
-        session, hosts = roll(stores[0], launch, lifelines, limit)
+        self.pulse.meet(lifelines)
+        session, hosts = find_each_other(stores[0], launch, lifelines, limit=limit)
         self.pulse.join(dist.PrefixStore(session, stores[1]), lifelines, hosts)
         self.store = dist.PrefixStore(session, stores[0])
 
 
 def run_job(main: Callable[[Job], None]) -> None:
     """Run a script's `main` as one process of a job; of several processes one tells what ended it."""
+    print_all_characters()
     try:
         launch = read_launch()
     except UserError as error:
@@ -108,7 +120,7 @@ def run_job(main: Callable[[Job], None]) -> None:
         code, message = verdict(error)
         job.pulse.notify(EXIT_UNFINISHED if code is None else code, message or _first_line(error))
         job.pulse.close()
-        if tell(error) is None:
+        if _told(error) is None:
             raise
         raise SystemExit(launch.stopped_code if isinstance(error, StoppedEarly) else code) from None
     job.pulse.close()
@@ -117,10 +129,12 @@ def run_job(main: Callable[[Job], None]) -> None:
 def _end_together(job: Job, error: BaseException) -> NoReturn:
     """End this process and with it the job. Only the rank whose error came first tells of it."""
     launch, pulse = job.launch, job.pulse
+    if isinstance(error, Ended):
+        pulse.give_way(error.cause)
     code, message = verdict(error)
     if isinstance(error, (StoppedEarly, SystemExit)):  # all ranks alike
         if launch.rank == 0:
-            tell(error)
+            _told(error)
         pulse.close()
         own = error.code if isinstance(error, SystemExit) else launch.stopped_code
         pulse.leave(own if isinstance(own, int) else 0, message)
@@ -135,8 +149,15 @@ def _end_together(job: Job, error: BaseException) -> NoReturn:
             pulse.leave(code, text)
         pulse.follow(cause)
     trace = "".join(traceback.format_exception(error)) if message == "" else ""
-    pulse_of_job.tell(f"{launch.who} failed:\n{trace}" if trace else message)
+    tell_text(f"{launch.who} failed:\n{trace}" if trace else message)
     pulse.leave(code, text)
+
+
+def _told(error: BaseException) -> int | None:
+    """As `errors.tell`; a stderr that nobody reads any more changes no exit code."""
+    with suppress(OSError, ValueError):
+        return tell(error)
+    return verdict(error)[0]
 
 
 def _first_line(error: BaseException) -> str:
@@ -145,91 +166,3 @@ def _first_line(error: BaseException) -> str:
 
 def _never() -> bool:
     return False
-
-
-def _wait_for_port(launch: Launch, *, limit: float) -> None:
-    """Wait until rank 0 serves the store: it may still be starting."""
-    began, told = time.monotonic(), False
-    while True:
-        try:
-            socket.create_connection((launch.address, launch.port), timeout=10).close()
-        except OSError as error:
-            waited = time.monotonic() - began
-            if waited > limit:
-                raise UserError(
-                    f"rank 0 was not found at {launch.address}:{launch.port} within {waited:.0f} s: {error}; look at "
-                    "MASTER_ADDR and MASTER_PORT, and whether rank 0 has started"
-                ) from None
-            if waited > NOTICE and not told and launch.local_rank == 0:
-                told = True
-                pulse_of_job.tell(f"rank {launch.rank} waits for rank 0 at {launch.address}:{launch.port}: {error}")
-            time.sleep(BETWEEN)
-        else:
-            return
-
-
-def _call_roll(store: dist.Store, launch: Launch, lifelines: Lifelines, limit: float) -> tuple[str, list[str]]:
-    """Rank 0: name the session, wait for all to answer, then reply to each; (session, hosts by rank).
-
-    The store of torchrun's agent outlives the processes that it starts again. So a session has a name of its own, and
-    a reply repeats a word that only this start of a rank knows.
-    """
-    session = uuid4().hex
-    store.set(
-        "session", json.dumps({"session": session, "port": lifelines.serve(launch.world_size), "host": launch.host})
-    )
-    answers: dict[int, Any] = {}
-    began, told, refused = time.monotonic(), False, ""
-    while not refused and (missing := [rank for rank in range(1, launch.world_size) if rank not in answers]):
-        time.sleep(BETWEEN)
-        for rank in missing:
-            if store.check([f"{session}/here/{rank}"]):
-                answers[rank] = json.loads(store.get(f"{session}/here/{rank}"))
-        waited = time.monotonic() - began
-        text = _missing(launch, [rank for rank in missing if rank not in answers], waited)
-        if waited > NOTICE and not told and text:
-            told = True
-            pulse_of_job.tell(text)
-        refused = text if waited > limit else ""
-    for rank, answer in answers.items():
-        store.set(f"{session}/reply/{rank}", json.dumps({"word": answer["word"], "refused": refused}))
-    if refused:
-        time.sleep(pulse_of_job.GRACE)  # a store in this process serves the reply
-        raise UserError(refused)
-    return session, [launch.host, *(answers[rank]["host"] for rank in range(1, launch.world_size))]
-
-
-def _missing(launch: Launch, ranks: Sequence[int], waited: float) -> str:
-    if not ranks:
-        return ""
-    names = ", ".join(str(rank) for rank in ranks[: pulse_of_job.SHOWN])
-    more = ", ..." if len(ranks) > pulse_of_job.SHOWN else ""
-    return (
-        f"{len(ranks)} of {launch.world_size} ranks have not come within {waited:.0f} s: {names}{more}; look at what "
-        "the launcher says of them"
-    )
-
-
-def _answer_roll(store: dist.Store, launch: Launch, lifelines: Lifelines, limit: float) -> tuple[str, list[str]]:
-    """Every other rank: answer until rank 0 has replied to this start of it; (session, [host of rank 0])."""
-    word, began, answered = uuid4().hex, time.monotonic(), ""
-    while time.monotonic() - began < limit + 2 * pulse_of_job.GRACE:
-        time.sleep(BETWEEN)
-        found: dict[str, Any] = json.loads(store.get("session")) if store.check(["session"]) else {"session": ""}
-        session = found["session"]
-        if session != answered:
-            store.set(f"{session}/here/{launch.rank}", json.dumps({"word": word, "host": launch.host}))
-            answered = session
-        if not session or not store.check([f"{session}/reply/{launch.rank}"]):
-            continue
-        reply = json.loads(store.get(f"{session}/reply/{launch.rank}"))
-        if reply["word"] != word:
-            continue  # to an earlier start of this rank
-        if reply["refused"]:
-            raise UserError(reply["refused"])
-        try:
-            lifelines.connect(launch.address, found["port"], rank=launch.rank)
-        except OSError as error:
-            pulse_of_job.tell(f"warning: no connection to rank 0, so that a kill may be noticed late: {error}")
-        return session, [found["host"]]
-    raise UserError(_missing(launch, [0], limit))

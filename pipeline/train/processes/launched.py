@@ -1,7 +1,7 @@
 """How this process was started: alone, or as one of many by torchrun, accelerate or srun.
 
-In: the environment, read here and nowhere else. Out: a `Launch`; and what libraries look for in the environment, set
-before they do. Under srun the names of torchrun are derived from SLURM's.
+In: the environment, read here and nowhere else. Out: a `Launch`; and what libraries and torchrun look for in the
+environment, set before they do. Under srun the names of torchrun are derived from SLURM's.
 """
 
 from __future__ import annotations
@@ -11,9 +11,13 @@ import re
 import socket
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline.errors import EXIT_STOPPED, UserError
 
+# Where ranks leave their exit code for `launch.ranks`, which started torchrun: set by it alone, and no option of a run.
+_ENDINGS = "PRETRAIN_ENDINGS"
+_DAY = 24 * 60 * 60
 # Sizes that other launchers announce. A world of one among several such tasks would train the same run several times.
 _TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -23,7 +27,8 @@ class Launch:
     """One of `world_size` processes, `local_world_size` of them on this host.
 
     address, port: where rank 0 (or torchrun's agent on its node, then `agent_store`) serves the store that ranks meet
-    in. elastic: started by torchrun, which starts ranks again that end with another code than 0.
+    in. elastic: started by torchrun, which starts ranks again that end with another code than 0. endings: the file in
+    which `launch.ranks` looks for the exit code of this start, if that launched it.
     """
 
     rank: int = 0
@@ -35,6 +40,7 @@ class Launch:
     agent_store: bool = False
     elastic: bool = False
     host: str = ""
+    endings: str = ""
 
     @property
     def stopped_code(self) -> int:
@@ -65,12 +71,13 @@ def read_launch() -> Launch:
 
 def launch_of(environment: Mapping[str, str], *, host: str) -> Launch:
     """What an environment says. Errors: half a launch; a world of one among several tasks; a rank outside its world."""
+    elastic, endings = "TORCHELASTIC_RUN_ID" in environment, _endings(environment)
     srun = int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "WORLD_SIZE" not in environment
     found = _from_slurm(environment) if srun else dict(environment)
     world_size = _number(found, "WORLD_SIZE", default=1)
     if world_size == 1:
         _refuse_lonely(environment)
-        return Launch(host=host, elastic="TORCHELASTIC_RUN_ID" in environment)
+        return Launch(host=host, elastic=elastic, endings=endings)
     nodes = int(environment.get("SLURM_STEP_NUM_NODES", "1"))
     if nodes > 1 and environment.get("GROUP_WORLD_SIZE") == "1":
         raise UserError(
@@ -85,8 +92,9 @@ def launch_of(environment: Mapping[str, str], *, host: str) -> Launch:
         address=found.get("MASTER_ADDR", "127.0.0.1"),
         port=_number(found, "MASTER_PORT", default=29500),
         agent_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-        elastic="TORCHELASTIC_RUN_ID" in environment,
+        elastic=elastic,
         host=host,
+        endings=endings,
     )
     if not (0 <= launch.rank < launch.world_size and 0 <= launch.local_rank < launch.local_world_size):
         raise UserError(
@@ -94,6 +102,21 @@ def launch_of(environment: Mapping[str, str], *, host: str) -> Launch:
             f"{launch.local_world_size} on this host; look at RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE"
         )
     return launch
+
+
+def for_torchrun(endings: Path) -> dict[str, str]:
+    """The environment of a torchrun that waits as long as ranks save, and whose ranks leave their codes in `endings`.
+
+    After SIGTERM torchrun sends SIGKILL, by default 30 s later; the limit is the cluster's, not its. It asks for this
+    variable from a version on that is older than 2.13; earlier ones do not look at it.
+    """
+    return {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_DAY), **os.environ, _ENDINGS: str(endings)}
+
+
+def _endings(environment: Mapping[str, str]) -> str:
+    """One file for each start of the ranks: torchrun may start them several times."""
+    folder, start = environment.get(_ENDINGS, ""), environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return f"{folder}/{start}" if folder else ""
 
 
 def prepare_libraries(*, deterministic: bool) -> None:

@@ -25,6 +25,7 @@ class Lifelines:
         self._server: socket.socket | None = None
         self._heard: dict[socket.socket, bytes] = {}
         self._ranks: dict[socket.socket, int] = {}  # who is at the other end
+        self.words: dict[int, bytes] = {}  # the last ones of ranks whose connections have ended, if they had any
         self._parting = False
         self._expected: set[int] = set()  # whose farewell is still to come
         if hasattr(os, "register_at_fork"):  # a copy in a forked child would keep the connection open
@@ -42,7 +43,9 @@ class Lifelines:
         return int(self._server.getsockname()[1])
 
     def connect(self, address: str, port: int, *, rank: int) -> None:
-        """Connect `rank` to rank 0. Errors: OSError when a firewall lies between."""
+        """Connect `rank` to rank 0, and to no earlier one any more. Errors: OSError when a firewall lies between."""
+        for earlier in list(self._heard):
+            self._drop(earlier)
         connection = socket.create_connection((address, port), timeout=10)
         connection.sendall(f"{rank}\n".encode())
         self._adopt(connection, rank=0)
@@ -58,6 +61,16 @@ class Lifelines:
             elif (rank := self._listen(connection)) is not None:
                 found.append(rank)
         return found
+
+    def has(self, rank: int) -> bool:
+        """Whether a rank is connected and has said who it is."""
+        return rank in self._ranks.values()
+
+    def say(self, words: str) -> None:
+        """Tell all who are connected why this process ends, before the kernel closes its connections."""
+        for connection in list(self._heard):
+            with suppress(OSError):
+                connection.sendall(f"{words}\n".encode())
 
     def part(self, *, wait: float) -> None:
         """Say farewell, and wait so long at most for that of the others, whom a store in this process may serve.
@@ -112,10 +125,12 @@ class Lifelines:
             self._ranks[connection] = int(name)
         if chunk:
             return None
-        rank, parted = self._ranks.get(connection), self._heard[connection].endswith(_FAREWELL)
+        rank, heard_last = self._ranks.get(connection), self._heard[connection]
+        parted = heard_last.endswith(_FAREWELL)
         self._drop(connection)
         if rank is not None:
             self._expected.discard(rank)
+            self.words[rank] = heard_last
         return None if parted else rank
 
     def _drop(self, connection: socket.socket) -> None:

@@ -2,13 +2,13 @@
 
 In: beats of the main thread. Out: nothing, until a rank fails, dies or makes no progress: then every process ends
 within seconds, and the cause is told once, by the rank that it happened to. A thread does the watching, so it goes on
-while the main thread is held up in a collective operation for a rank that will not come.
+while the main thread is held up in a collective operation for a rank that will not come. It never asks the store of the
+job itself, which may not answer: that is what the `Board` is for.
 """
 
 from __future__ import annotations
 
 import faulthandler
-import json
 import os
 import sys
 import threading
@@ -16,59 +16,38 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch.distributed as dist
 
 from pipeline.errors import EXIT_HUNG, EXIT_STOPPED, UserError
+from pipeline.train.processes.board import TICK, Board
+from pipeline.train.processes.ending import (
+    GONE,
+    NOBODY,
+    WRITING,
+    Ending,
+    ending_of,
+    flush_streams,
+    hand_over,
+    tell,
+    within,
+)
 from pipeline.train.processes.launched import Launch
 from pipeline.train.processes.lifeline import Lifelines
 
-TICK = 1.0  # seconds between looks at the other ranks
 GRACE = 1.5  # the rank that failed ends first: torchrun reports the first. More than a tick: by then all have seen why
 CONSEQUENCE = 3.0  # so long an error that comes of another rank's end waits for that rank's own account
+SILENCE = 25.0  # so long the store may not answer. More than a lifeline takes to find that a machine has vanished
+AT_LAST = 60.0  # more than a main thread takes that is ending this process by itself
 PATIENCE = 6.0  # start-up, compiling and saving may take so many times the limit of a step
 STDERR = 2  # the descriptor: C writes to it, whatever sys.stderr is
 SHOWN = 8  # ranks named in a message
 
 # What the libraries say in this rank when the fault lies in another one.
 _MARKS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "connection refused", "broken pipe")
-
-
-@dataclass(frozen=True)
-class Ending:
-    """Why the job ends: what happened to `rank`, and the code that it exits with.
-
-    by: the rank that found out and tells. late: the ranks that made no progress, if that is why.
-    """
-
-    rank: int
-    host: str
-    text: str
-    by: int
-    code: int = EXIT_HUNG
-    late: tuple[int, ...] = ()
-
-    @property
-    def asked_for(self) -> bool:
-        """Whether it is a stop, and no failure."""
-        return self.code in (0, EXIT_STOPPED)
-
-    def written(self) -> str:
-        """As JSON."""
-        return json.dumps(asdict(self))
-
-    @staticmethod
-    def read(text: bytes) -> Ending:
-        """What `written` wrote."""
-        found = json.loads(text)
-        return Ending(**{**found, "late": tuple(found["late"])})
-
-
-NOBODY = -1  # the rank of an ending that is no rank's
-GONE = "it is gone without a word: killed from outside (out of memory? the kernel's log tells), or crashed"
 
 
 class Elsewhere(UserError):  # noqa: N818 - a pointer to an error
@@ -90,13 +69,14 @@ class Pulse:
         self._count, self._what = 0, "start-up"  # beats that every rank makes alike
         self._signs, self._seen, self._idle = 0, 0, 0.0  # any sign of life, those seen, seconds since then
         self._starting, self._unhurried = True, 0
-        self._published, self._told = "", False
+        self._told = False
         self._main = threading.main_thread().ident
         self._leaving = threading.Lock()  # never let go: one thread alone ends this process
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
-        self._store: dist.Store | None = None
-        self._known: Ending | None = None  # why the job ends
+        self._board: Board | None = None
+        self._heard, self._silent = 0, 0.0  # answers of the store, seconds since the last
+        self._found: Ending | None = None  # why the job ends, as this rank alone knows
         self._lifelines: Lifelines | None = None
         self._hosts: list[str] = [launch.host]
 
@@ -130,22 +110,30 @@ class Pulse:
         self._thread = threading.Thread(target=self._watch, name="pulse", daemon=True)
         self._thread.start()
 
+    def meet(self, lifelines: Lifelines) -> None:
+        """The ranks are about to find each other: whoever is connected hears why this one ends, if it does."""
+        self._lifelines = lifelines
+
     def join(self, store: dist.Store, lifelines: Lifelines, hosts: list[str]) -> None:
-        """Watch the other ranks, too. `store`: a client of its own, for a waiting one would hold up the watch."""
+        """Watch the other ranks, too. `store`: a client of its own, for a waiting one would hold up the board."""
         self._hosts = hosts
         self._lifelines = lifelines
-        self._store = store
+        self._board = Board(store, self.launch, beat=self._beat)
+        if self._thread is not None:
+            self._board.start()
 
     @property
     def joined(self) -> bool:
         """Whether the other ranks are watched, and can be told."""
-        return self._store is not None
+        return self._board is not None
 
     def close(self) -> None:
         """The job is done: watch no more, and part from the other ranks."""
         self._closed.set()
         if self._thread is not None:
             self._thread.join(5 * TICK)
+        if self._board is not None:
+            self._board.close()
         if self._lifelines is not None:
             self._lifelines.part(wait=10.0 if self.launch.serves else 0.0)
             self._lifelines = None
@@ -157,15 +145,13 @@ class Pulse:
         """
         self._leaving.acquire()
         own = Ending(self.launch.rank, self.launch.host, text, self.launch.rank, code)
-        if self._store is None:
-            return own
         if consequence:
-            self.ends(within=CONSEQUENCE)
+            self.ends(wait=CONSEQUENCE)
         return self._known or self._claim(own)
 
-    def ends(self, *, within: float) -> bool:
+    def ends(self, *, wait: float) -> bool:
         """Whether a cause for the end of the job comes to be known within so many seconds; alone none does."""
-        deadline = time.monotonic() + within
+        deadline = time.monotonic() + wait
         while self.joined and self._known is None and time.monotonic() < deadline:  # the thread asks
             time.sleep(TICK / 10)
         return self._known is not None
@@ -174,12 +160,17 @@ class Pulse:
         """End the job because it was asked to before there was anything to lose; unless it ends already."""
         code = self.launch.stopped_code
         own = Ending(self.launch.rank, self.launch.host, text, self.launch.rank, code)
-        cause = own if self._store is None else self._claim(own)
+        cause = self._claim(own)
         if not cause.asked_for or not self._leaving.acquire(blocking=False):
             return  # the signal came because a rank has failed, and the watch ends this one
-        if cause == own and (self._store is not None or self.launch.local_rank == 0):
+        if cause == own and (self.joined or self.launch.local_rank == 0):
             tell(text)
         self.leave(code, text)
+
+    def give_way(self, cause: Ending) -> NoReturn:
+        """End this process from its main thread because of another one."""
+        self._leaving.acquire()
+        self.follow(cause)
 
     def follow(self, cause: Ending) -> NoReturn:
         """End this process because of another one."""
@@ -197,45 +188,51 @@ class Pulse:
 
         cause: the code of the rank that failed, where it is another one.
         """
-        self.notify(code if cause is None else cause, text)
+        within(WRITING, lambda: self.notify(code if cause is None else cause, text))
         if self.launch.serves and self.joined and not self._closed.is_set():
             time.sleep(GRACE)  # until the others have heard why
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+        flush_streams()
         os._exit(code)
 
     def notify(self, code: int, text: str) -> None:
         """Have the end recorded; a stop has the same code under every launcher."""
+        hand_over(self.launch.endings, EXIT_STOPPED if code == 0 else code)
         if self.on_end is not None and self.launch.rank == 0:
-            self.on_end(EXIT_STOPPED if code == 0 else code, text)
+            try:
+                self.on_end(EXIT_STOPPED if code == 0 else code, text)
+            except Exception as error:  # whatever it is: this process must end, and with its own code
+                tell(f"warning: how the run ended was not recorded: {error!r}")
 
     # What the thread does
 
     def _watch(self) -> None:
-        last = time.monotonic()
         try:
-            while not self._closed.is_set():
-                self._rearm()
-                lost = self._wait()
-                now = time.monotonic()
-                if self._closed.is_set():
-                    break
-                try:
-                    self._watch_self(min(now - last, 2 * TICK))  # a process that was halted has not been hanging
-                    if self._store is not None:
-                        self._watch_others(lost)
-                except dist.DistError:
-                    self._end(self._without_store(lost))
-                last = now
-        finally:
-            faulthandler.cancel_dump_traceback_later()
+            self._keep_watch()
+        except BaseException:  # whatever it is: without a watch this process might wait for ever
+            tell(f"{self.launch.who} ends because its watch failed:\n{traceback.format_exc()}")
+            os._exit(EXIT_HUNG)
+        faulthandler.cancel_dump_traceback_later()
+
+    def _keep_watch(self) -> None:
+        last = time.monotonic()
+        while not self._closed.is_set():
+            self._rearm()
+            lost = self._wait()
+            now = time.monotonic()
+            if self._closed.is_set():
+                break
+            elapsed = min(now - last, 2 * TICK)  # a process that was halted has not been hanging
+            self._watch_self(elapsed)
+            if self._board is not None:
+                self._watch_others(self._board, lost, elapsed)
+            last = now
 
     def _rearm(self) -> None:
         """As long as this thread runs, it watches. When it cannot, the interpreter's lock is held, and C ends it."""
         faulthandler.dump_traceback_later(2 * PATIENCE * self.limit, exit=True, file=STDERR)
 
     def _wait(self) -> list[int]:
-        if self._lifelines is not None:
+        if self._lifelines is not None and self.joined:  # before, the main thread looks at them
             return self._lifelines.lost(TICK)
         self._closed.wait(TICK)
         return []
@@ -248,38 +245,48 @@ class Pulse:
         if self._idle > self.limit * patience:
             self._hang()
 
-    def _watch_others(self, lost: list[int]) -> None:
-        assert self._store is not None, "asked after joining only"
-        self._publish()
-        if self._known is None and self._store.check(["ending"]):
-            self._known = Ending.read(self._store.get("ending"))
+    def _watch_others(self, board: Board, lost: list[int], elapsed: float) -> None:
+        answers = board.answers
+        self._silent = self._silent + elapsed if answers == self._heard else 0.0
+        self._heard = answers
+        if board.lost or (0 in lost and not self.launch.agent_store):
+            self._end(self._without_store(lost))
         if self._known is None and lost:
             self._gone(lost[0])
+        if self._known is None and self._silent > SILENCE:
+            self._found = self._without_answers()
         if self._known is not None and (self._known.late or self._known.rank != self.launch.rank):
             self._end(self._known)
 
-    def _publish(self) -> None:
+    @property
+    def _known(self) -> Ending | None:
+        """Why the job ends, as far as is known here."""
+        return self._found or (None if self._board is None else self._board.ending)
+
+    def _beat(self) -> dict[str, Any]:
+        """What the others are to know of this rank."""
         where = _innermost(self._main) if self._idle > self.limit / 2 else ""
-        host = self.launch.host
-        beat = json.dumps({"host": host, "count": self._count, "what": self._what, "where": where})
-        if beat != self._published and self._store is not None:
-            self._store.set(f"beat/{self.launch.rank}", beat)
-            self._published = beat
+        return {"host": self.launch.host, "count": self._count, "what": self._what, "where": where}
 
     def _claim(self, own: Ending) -> Ending:
         """Make `own` the cause that every rank is told, unless there is one already; the cause."""
-        assert self._store is not None, "asked after joining only"
-        try:
-            self._known = Ending.read(self._store.compare_set("ending", "", own.written()))
-        except dist.DistError:  # rank 0 served it and is gone
-            self._known = self._known or own
-        return self._known
+        if self._board is not None:
+            return self._board.claim(own, wait=0.0 if self._board.lost else SILENCE - self._silent)
+        if self._lifelines is not None:
+            self._lifelines.say(own.written())
+        return own
 
     def _gone(self, rank: int) -> None:
-        own = Ending(rank, self._host(rank), GONE, self.launch.rank)
-        if self._claim(own) == own:
+        own = self._lost(rank)
+        self._found = self._claim(own)
+        if self._found == own and own.text == GONE:
             self._told = True
             tell(f"error: rank {rank} on {own.host}: {GONE}")
+
+    def _lost(self, rank: int) -> Ending:
+        """Why a rank is gone whose connection has ended."""
+        words = b"" if self._lifelines is None else self._lifelines.words.get(rank, b"")
+        return ending_of(rank, self._host(rank), words=words, by=self.launch.rank)
 
     def _without_store(self, lost: list[int]) -> Ending:
         """Why the job ends when what serves its store is gone: rank 0, or torchrun's agent."""
@@ -290,12 +297,21 @@ class Pulse:
         if self._known is None:
             where = f"{self.launch.address}:{self.launch.port}"
             nobody = Ending(NOBODY, "", f"what served the store of the job at {where} is gone", self.launch.rank)
-            self._known = Ending(lost[0], self._host(lost[0]), GONE, self.launch.rank) if lost else nobody
+            self._found = self._lost(lost[0]) if lost else nobody
+        assert self._known is not None, "just found"
         return self._known
+
+    def _without_answers(self) -> Ending:
+        launch = self.launch
+        server = "torchrun's agent" if launch.agent_store else "rank 0"
+        return Ending(
+            NOBODY, "", f"the store of the job at {launch.address}:{launch.port} has not answered for "
+            f"{self._silent:.0f} s: {server} there is halted, its machine is down, or the network between", launch.rank,
+        )  # fmt: skip
 
     def _hang(self) -> None:
         own = self._hanging()
-        cause = own if self._store is None else self._claim(own)
+        cause = self._claim(own)
         if cause == own:
             self._told = True
             tell(f"error: {own.text}")
@@ -304,15 +320,12 @@ class Pulse:
     def _hanging(self) -> Ending:
         """Name the ranks that have come least far."""
         waited = f"no progress for {self._idle:.0f} s (train.hang_minutes is {self.limit / 60:g})"
-        if self._store is None:
-            text = f"{waited} since: {self._what}, {_innermost(self._main)}"
-            return Ending(0, self.launch.host, text, 0, late=(0,))
-        self._publish()
+        beats = {} if self._board is None else self._board.beats(wait=SILENCE - self._silent)
+        if not beats:  # alone, or none can be asked for
+            launch, since = self.launch, f"{waited} since: {self._what}, {_innermost(self._main)}"
+            return Ending(launch.rank, launch.host, since, launch.rank, late=(launch.rank,))
         world = range(self.launch.world_size)
-        found = {rank: self._store.get(f"beat/{rank}") for rank in world if self._store.check([f"beat/{rank}"])}
-        beats: dict[int, Any] = {
-            rank: json.loads(found.get(rank, b'{"host": "its host", "count": -1}')) for rank in world
-        }
+        beats |= {rank: {"host": "its host", "count": -1} for rank in world if rank not in beats}
         least = min(beat["count"] for beat in beats.values())
         late = tuple(rank for rank in world if beats[rank]["count"] == least)
         lines = [f"    rank {rank} on {beats[rank]['host']}: {_described(beats[rank])}" for rank in late[:SHOWN]]
@@ -324,27 +337,34 @@ class Pulse:
     def _host(self, rank: int) -> str:
         return self._hosts[rank] if rank < len(self._hosts) else "its host"
 
-    def _end(self, cause: Ending) -> None:
+    def _end(self, cause: Ending) -> NoReturn:
         """End this process for `cause`, unless its main thread does so within the grace."""
         if cause.late:
-            self._write_stacks(cause)
+            self._show_stacks(cause)
             cause = replace(cause, text=cause.text.splitlines()[0])
         time.sleep(GRACE)
-        if self._leaving.acquire(blocking=False):
-            self.follow(cause)
+        if not self._leaving.acquire(timeout=AT_LAST):
+            os._exit(EXIT_HUNG)  # the main thread is ending this process, and is held up in it
+        self.follow(cause)
 
-    def _write_stacks(self, cause: Ending) -> None:
+    def _show_stacks(self, cause: Ending) -> None:
+        """First to those who look on; the folder may lie on the file system that everything waits for."""
         rank = self.launch.rank
-        if self.stacks is not None:
-            try:
-                self.stacks.mkdir(parents=True, exist_ok=True)
-                with (self.stacks / f"rank-{rank}.txt").open("w", encoding="utf-8") as file:
-                    faulthandler.dump_traceback(file, all_threads=True)
-            except OSError as error:
-                tell(f"warning: the stack of rank {rank} was not written: {error}")
         if rank in cause.late[:SHOWN]:
             frame = sys._current_frames().get(self._main or 0)
             tell(f"{self.launch.who} is in:\n{''.join(traceback.format_stack(frame))}")
+        if self.stacks is not None:
+            file = self.stacks / f"rank-{rank}.txt"
+            within(WRITING, lambda: _write_stacks(file))
+
+
+def _write_stacks(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+    except OSError as error:
+        tell(f"warning: {path} was not written: {error}")
 
 
 def is_consequence(error: BaseException) -> bool:
@@ -352,12 +372,6 @@ def is_consequence(error: BaseException) -> bool:
     if isinstance(error, (dist.DistError, Elsewhere)):
         return True
     return isinstance(error, (RuntimeError, OSError)) and any(mark in str(error).lower() for mark in _MARKS)
-
-
-def tell(text: str) -> None:
-    """Print to stderr at one go, so that the lines of several ranks do not mix."""
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
 
 
 def _innermost(thread: int | None) -> str:

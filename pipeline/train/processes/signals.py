@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 
 ECHO = 1.0  # seconds in which a signal repeats the one before: a launcher and a terminal may both send it
@@ -26,16 +27,19 @@ class StopSignal:
     """Remembers that the run shall stop, until the loop looks: a signal came, or its time is up.
 
     Before `arm` there is nothing to save: a signal calls `at_once`. Afterwards the first is remembered and gets an
-    `answer`, and a second SIGINT or SIGTERM ends the process at once. A thread hears of signals through a socket that C
-    writes to, so that it also learns of those that come while the main thread is in C: compiling, or waiting for
-    another rank.
+    `answer`, and a second SIGINT or SIGTERM ends the process at once: `end` gets its exit code and why. A thread hears
+    of signals through a socket that C writes to, so that it also learns of those that come while the main thread is in
+    C: compiling, or waiting for another rank. It waits for nothing else: an echo that it heard late would be a second.
     """
 
-    def __init__(self, *, at_once: Callable[[str], None], answer: Callable[[str], None]) -> None:
+    def __init__(
+        self, *, at_once: Callable[[str], None], answer: Callable[[str], None], end: Callable[[int, str], None]
+    ) -> None:
         self.reason = ""
         self.deadline = math.inf
         self._at_once = at_once
         self._answer = answer
+        self._end = end
         self._armed = False
         self._began = self._warned_at = time.monotonic()
         self._first = math.inf  # when the first signal came that a second one may follow
@@ -76,13 +80,16 @@ class StopSignal:
             return
         now = time.monotonic()
         if now - self._first > ECHO and number != _POLITE:
-            os.write(2, f"{name} for the second time: ending at once\n".encode())
-            os._exit(128 + number)
+            text = f"{name} for the second time: ending at once"
+            with suppress(OSError):
+                os.write(2, f"{text}\n".encode())
+            self._end(128 + number, text)
         first, self.reason = not self.reason, self.reason or name
         if number != _POLITE:
             self._first = min(self._first, now)
         if first:
-            self._answer(f"{name}: stopping after this step; a second signal ends the process at once")
+            text = f"{name}: stopping after this step; a second signal ends the process at once"
+            threading.Thread(target=self._answer, args=(text,), name="answer", daemon=True).start()
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         """Python's own handler; without one the socket would hear nothing."""

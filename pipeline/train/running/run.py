@@ -209,7 +209,8 @@ class Run:
         launch = self.runtime.job.launch
         self._close()
         command = shlex.join(sys.argv)
-        again = f"torchrun ... {command}" if launch.elastic else f"python {command}"
+        launcher = "torchrun ... " if launch.elastic else "srun ... python " if launch.world_size > 1 else "python "
+        again = launcher + command
         message = f"stopped after step {state.step}, everything is saved; go on with the same command: {again}"
         self._tell("stopped", state.step, exit_code=EXIT_STOPPED, message=message)
         return StoppedEarly(message)
