@@ -12,6 +12,7 @@ import argparse
 import tempfile
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 import transformers
@@ -37,7 +38,7 @@ def main() -> None:
         tokenizer = Path(folder) / "tokenizer.json"
         load_tokenizer("bytes").save(tokenizer)
         save_hf(model, Path(folder) / "hf", tokenizer_file=tokenizer, eos_id=256)
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "hf", dtype=torch.float32)
+        theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "hf", dtype=torch.float32)
         theirs.train(False)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {PROMPT} + {new} tokens")
     for precision in ("float32", "bfloat16"):
