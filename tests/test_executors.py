@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import time
@@ -172,9 +173,13 @@ def test_workers_that_die_ahead_of_the_work_cost_a_try(tmp_path: Path) -> None:
 
 
 def test_one_process_and_clusters_begin_nothing() -> None:
+    begun: list[int] = []
+    before = multiprocessing.active_children()
     for place in (Place(1), Place(2, "tcp://nowhere:1")):
         with place.begun():
-            place.warm(die, workers=2)
+            place.warm(begun.append, 1, workers=2)
+    assert begun == []
+    assert multiprocessing.active_children() == before
 
 
 @pytest.mark.parametrize("workers", [1, 2])
