@@ -21,7 +21,7 @@ from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import run_command
 from pipeline.generate.decode import Options, generate
 from pipeline.model.hf import load_hf
-from pipeline.train.saving.checkpoint import list_checkpoints, load_model
+from pipeline.train.saving.checkpoint import Findings, list_checkpoints, load_model
 from tests.support import run_pretrain, tiny_settings, write_config
 
 ROOT = Path(__file__).parent.parent.parent
@@ -195,7 +195,7 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(
     load_tokenizer("train:300", texts=["other"]).save(checkpoint / "tokenizer.json")
     assert command(checkpoint, "--prompt", "a")[0] == 2  # by the checksum of the checkpoint
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.train.saving.checkpoint.verify", lambda _: [])
+        patch.setattr("pipeline.train.saving.checkpoint.inspect", lambda _: Findings())
         code, printed, errors = command(checkpoint, "--prompt", "a")
     assert (code, printed) == (2, "")
     assert "was trained with the tokenizer" in errors
