@@ -71,7 +71,8 @@ def pretrain(config: Config, data: TrainingData, runtime: Runtime) -> None:
     )  # fmt: skip
     trainer.load_loss_scale(state.loss_scale)
     needs = run.store.requirements(state, model=parallel.model, optimizer=optimizer)
-    announce(config, state, parallel=parallel, loader=loader, data=data, blend=blend, needs=needs, runtime=runtime)
+    if state.step < config.total_steps:
+        announce(config, state, parallel=parallel, loader=loader, data=data, blend=blend, needs=needs, runtime=runtime)
     with run.store.completing():
         while state.step < config.total_steps:  # once, but for spikes that the run goes back from
             schedule, first = state.rows_of, state.step + 1

@@ -26,6 +26,7 @@ Mode = Literal["train", "dry-run", "evaluate"]
 MODES: dict[str, Mode] = {"--dry-run": "dry-run", "--eval-only": "evaluate"}
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 
+_BRANCHES = ("constrained-int", "literal['auto']")  # pydantic's names of what train.micro_batch can be
 _YAML_WORDS = {"true": "True", "false": "False", "null": "None"}
 _LISTS = (
     "Lists of sections are given in the file: data.sources, [{path: ..., weight: ...}, ...], "
@@ -128,7 +129,11 @@ def _field_faults(values: dict[str, Any]) -> list[str]:
     try:
         Config.model_validate(values, context=FIELDS_ONLY)
     except ValidationError as error:
-        return [_explain(fault) for fault in error.errors()]
+        wanted: dict[str, list[str]] = {}  # a number or "auto" is refused as both: that is one fault
+        for fault in error.errors():
+            wanted.setdefault(_key_of(fault), []).append(_wanted(fault))
+        got = {_key_of(fault): _got(fault) for fault in error.errors()}
+        return [f"{key}: {' or '.join(texts)}{got[key]}" for key, texts in wanted.items()]
     return []
 
 
@@ -140,13 +145,20 @@ def _contradictions(values: dict[str, Any]) -> list[str]:
     return inside + config.faults()
 
 
-def _explain(fault: Any) -> str:
-    """Where, wanted, got, and the nearest known key for an unknown one."""
-    location = [str(part) for part in fault["loc"]]
-    key = ".".join(location)
+def _key_of(fault: Any) -> str:
+    return ".".join(str(part) for part in fault["loc"] if part not in _BRANCHES)
+
+
+def _wanted(fault: Any) -> str:
+    """What was wrong, with the nearest known key for an unknown one."""
     if fault["type"] == "extra_forbidden":
-        return f"{key}: unknown key{nearest(location[-1], _keys_of(location[:-1]))}"
-    return f"{key}: {fault['msg'][0].lower()}{fault['msg'][1:]}, got {fault['input']!r}"
+        *section, name = map(str, fault["loc"])
+        return f"unknown key{nearest(name, _keys_of(section))}"
+    return f"{fault['msg'][0].lower()}{fault['msg'][1:]}"
+
+
+def _got(fault: Any) -> str:
+    return "" if fault["type"] == "extra_forbidden" else f", got {fault['input']!r}"
 
 
 def _keys_of(location: list[str]) -> list[str]:

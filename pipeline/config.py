@@ -163,7 +163,7 @@ class Config(Section):
     """A complete run."""
 
     run_dir: str = "runs/default"
-    """Folder of the run: record, curves and checkpoints."""
+    """Folder of the run: record, curves and checkpoints. With a config file NAME.yaml that names none: runs/NAME."""
     seed: Count = 1337
     """Every random choice of the run is split from this seed."""
     data: DataConfig = DataConfig(path="data/quickstart")
@@ -238,7 +238,8 @@ class Config(Section):
         if decays and at_zero > max(1, self.total_steps // 100):
             found.append(
                 f"the learning rate would be 0 for {at_zero} of {self.total_steps} steps: raise optim.min_lr, "
-                f"or the horizon ({self.horizon} steps) to the length of training"
+                f"or the horizon ({self.horizon} steps) to the length of training; a run that has begun takes that "
+                "with checkpoint.allow_changes true"
             )
         return found
 

@@ -79,6 +79,16 @@ def test_all_faults_come_at_once_with_the_nearest_key(tmp_path: Path) -> None:
         assert expected in message
 
 
+def test_a_value_of_neither_kind_is_one_fault(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("train: {micro_batch: 0}\n")
+    with pytest.raises(UserError) as caught:
+        load_config([str(path)])
+    message = str(caught.value)
+    assert message.startswith("1 fault")
+    assert "train.micro_batch: input should be greater than 0 or input should be 'auto', got 0" in message
+
+
 def test_faults_of_flags_come_at_once(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("train: {steps: 10}\n")

@@ -46,9 +46,9 @@ def folders(tmp_path: Path) -> Path:
         ("texts/a.txt", r"a\.txt is a file, wanted the folder of a dataset: python data_prep\.py .*a\.txt --output"),
         ("stories/train-00000.bin", r"is one file of a dataset; name its folder, .*stories$"),
         ("storys", r"no dataset folder .*storys; did you mean 'stories'\?$"),
-        ("text", "no dataset folder .*text$"),  # texts is near, and no dataset
-        ("soup", "no dataset folder .*soup$"),  # stories is one, and not near
-        ("nowhere/stories", "no dataset folder .*stories$"),
+        ("text", "no dataset folder .*text; python data_prep.py INPUT"),  # texts is near, and no dataset
+        ("soup", "no dataset folder .*soup; python data_prep.py INPUT"),  # stories is one, and not near
+        ("nowhere/stories", "no dataset folder .*stories; python data_prep.py INPUT"),
     ],
 )
 def test_what_is_no_dataset_is_called_by_its_name(folders: Path, name: str, message: str) -> None:

@@ -219,7 +219,8 @@ def _no_dataset(path: Path) -> UserError:
     if not path.is_dir():
         beside = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
         hint = nearest(path.name, [one.name for one in beside if is_dataset(one)], cutoff=0.7)
-        return UserError(f"no dataset folder {path}{hint}")
+        remedy = hint or f"; python data_prep.py INPUT... --output {path} makes one"
+        return UserError(f"no dataset folder {path}{remedy}")
     names = {entry.name for entry in path.iterdir()}
     for marks, what in _OTHERS:
         if marks <= names:

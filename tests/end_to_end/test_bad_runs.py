@@ -251,6 +251,7 @@ def test_second_process_on_one_run_is_refused(config: Path, tmp_path: Path) -> N
     (tmp_path / "run").mkdir()
     with locked(tmp_path / "run", ask_of_other_hosts=False):
         assert "is being written by process" in mistake(config)
+        assert not (tmp_path / "run" / "status.json").exists()  # that is the other one's to tell
 
 
 def test_lost_checkpoints_do_not_cost_the_record(finished: Path, config: Path) -> None:

@@ -162,6 +162,7 @@ def test_a_finished_run_is_left_alone_and_can_be_extended(dataset: Path, tmp_pat
     code, printed = run_pretrain(tmp_path / "short.yaml")
     assert (code, (run_dir / "metrics.jsonl").read_bytes()) == (0, before)
     assert "already at step 12 of 12" in printed
+    assert "learning rate" not in printed  # nothing is announced that will not be
     code, printed = run_pretrain(tmp_path / "short.yaml", "--train.steps", "20")
     assert code == 0, printed
     long = finish(tmp_path, dataset, "long", train={"steps": 20}, **horizon)

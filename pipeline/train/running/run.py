@@ -124,7 +124,8 @@ class Run:
         lines = read_record(self.record.path) if self.record.path.exists() else []
         if state.step == 0 and any(line["step"] >= self.config.checkpoint.every for line in lines):
             self.runtime.say(
-                f"warning: the checkpoints of an earlier run are gone; its record is {self.record.set_aside()}"
+                "warning: the checkpoints of an earlier run are gone: starting over from step 1; its record is "
+                f"{self.record.set_aside()}"
             )
         self.record.cut_after(state.step, evaluated=state.evaluated)
         self.trackers = Trackers(self.runtime, self.config, run_id=history["run_id"], settings=settings)
@@ -210,8 +211,8 @@ class Run:
         self._close()
         command = shlex.join(sys.argv)
         launcher = "torchrun ... " if launch.elastic else "srun ... python " if launch.world_size > 1 else "python "
-        again = launcher + command
-        message = f"stopped after step {state.step}, everything is saved; go on with the same command: {again}"
+        again = "" if launch.endings else f": {launcher}{command}"  # the scripts of launch/ are what was given
+        message = f"stopped after step {state.step}, everything is saved; go on with the same command{again}"
         self._tell("stopped", state.step, exit_code=EXIT_STOPPED, message=message)
         return StoppedEarly(message)
 
