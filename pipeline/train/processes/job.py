@@ -144,7 +144,7 @@ def _end_together(job: Job, error: BaseException) -> NoReturn:
     text = message.removeprefix("error: ") or _first_line(error)
     code = EXIT_UNFINISHED if code is None else code
     cause = pulse.fail(text, code, consequence=is_consequence(error))
-    if cause.rank != launch.rank:
+    if cause.rank != launch.rank or cause.late:  # found by its own watch, and told: this error came of the end
         if cause.text == text:  # a mistake that every rank has found
             pulse.leave(code, text)
         pulse.follow(cause)
