@@ -21,7 +21,7 @@ from pipeline.train.processes import ending as ending_module
 from pipeline.train.processes import pulse as pulse_module
 from pipeline.train.processes import roll as roll_module
 from pipeline.train.processes.ending import Ending
-from pipeline.train.processes.job import Job, run_job
+from pipeline.train.processes.job import Job, _end_together, run_job
 from pipeline.train.processes.launched import Launch
 from pipeline.train.processes.pulse import Pulse, is_consequence
 from tests.support import FORKS, _print_into
@@ -601,3 +601,28 @@ def test_the_end_is_recorded_by_rank_0_with_the_code_of_the_cause(capsys: pytest
         pulse.notify(2, "ends all the same")
     assert heard == [(2, "x"), (75, "stopped under torchrun")]
     assert "how the run ended was not recorded: OSError(28, 'No space left on device')" in capsys.readouterr().err
+
+
+def test_an_error_that_follows_a_told_hang_is_no_cause_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The watch of this rank found the hang; another rank then ended, and broke the exchange that this one was in."""
+    hang = Ending(0, "here", "no progress for 4 s", 0, late=(0, 1))
+    job = Job(Launch(rank=0, world_size=2, host="here"), watched=False)
+    followed: list[Ending] = []
+
+    class Left(BaseException):
+        """Instead of the end of this process."""
+
+    def follow(cause: Ending) -> None:
+        followed.append(cause)
+        raise Left
+
+    monkeypatch.setattr(job.pulse, "fail", lambda *_, **__: hang)
+    monkeypatch.setattr(job.pulse, "follow", follow)
+    monkeypatch.setattr(job.pulse, "leave", lambda *_: pytest.fail("it told another cause"))
+    monkeypatch.setattr("pipeline.train.processes.job.pulse_of_job.CONSEQUENCE", 0.0)
+    with pytest.raises(Left):
+        _end_together(job, RuntimeError("gloo: connection closed by peer"))
+    assert followed == [hang]
+    assert "Traceback" not in capsys.readouterr().err
