@@ -618,6 +618,7 @@ def test_an_error_that_follows_a_told_hang_is_no_cause_of_its_own(
         followed.append(cause)
         raise Left
 
+    monkeypatch.setattr(job.pulse, "ends", lambda *, wait: True)
     monkeypatch.setattr(job.pulse, "fail", lambda *_, **__: hang)
     monkeypatch.setattr(job.pulse, "follow", follow)
     monkeypatch.setattr(job.pulse, "leave", lambda *_: pytest.fail("it told another cause"))

@@ -143,8 +143,9 @@ def _end_together(job: Job, error: BaseException) -> NoReturn:
         time.sleep(pulse_of_job.CONSEQUENCE)
     text = message.removeprefix("error: ") or _first_line(error)
     code = EXIT_UNFINISHED if code is None else code
+    hung = pulse.ends(wait=0.0)  # its own watch may have told of that: then this error came of the end
     cause = pulse.fail(text, code, consequence=is_consequence(error))
-    if cause.rank != launch.rank or cause.late:  # found by its own watch, and told: this error came of the end
+    if cause.rank != launch.rank or (hung and cause.late):
         if cause.text == text:  # a mistake that every rank has found
             pulse.leave(code, text)
         pulse.follow(cause)
