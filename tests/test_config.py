@@ -68,33 +68,32 @@ def test_flags_override_the_file_and_accept_dashes(tmp_path: Path) -> None:
     assert config.log.trackers == ("wandb",)
 
 
-def test_all_faults_come_at_once_with_the_nearest_key(tmp_path: Path) -> None:
-    path = tmp_path / "a.yaml"
-    path.write_text("model: {n_layerz: 4, d_model: -3}\noptm: {lr: 1}\noptim: {betas: [0.9, 2], lr: fast}\n")
+def faults_of(folder: Path, text: str, *flags: str) -> str:
+    """What is said of a config file and the flags after it."""
+    path = folder / "a.yaml"
+    path.write_text(text)
     with pytest.raises(UserError) as caught:
-        load_config([str(path)])
-    message = str(caught.value)
+        load_config([str(path), *flags])
+    return str(caught.value)
+
+
+def test_all_faults_come_at_once_with_the_nearest_key(tmp_path: Path) -> None:
+    text = "model: {n_layerz: 4, d_model: -3}\noptm: {lr: 1}\noptim: {betas: [0.9, 2], lr: fast}\n"
+    message = faults_of(tmp_path, text)
     assert message.startswith("5 faults")
     for expected in ("n_layers", "'optim'", "got -3", "optim.betas.1", "got 'fast'"):
         assert expected in message
 
 
 def test_a_value_of_neither_kind_is_one_fault(tmp_path: Path) -> None:
-    path = tmp_path / "a.yaml"
-    path.write_text("train: {micro_batch: 0}\n")
-    with pytest.raises(UserError) as caught:
-        load_config([str(path)])
-    message = str(caught.value)
+    message = faults_of(tmp_path, "train: {micro_batch: 0}\n")
     assert message.startswith("1 fault")
     assert "train.micro_batch: input should be greater than 0 or input should be 'auto', got 0" in message
 
 
 def test_faults_of_flags_come_at_once(tmp_path: Path) -> None:
-    path = tmp_path / "a.yaml"
-    path.write_text("train: {steps: 10}\n")
-    with pytest.raises(UserError) as caught:
-        load_config([str(path), "--train.steps", "-5", "--optim.lr", "0", "--model.n-heads", "0"])
-    assert str(caught.value).startswith("3 faults")
+    flags = ("--train.steps", "-5", "--optim.lr", "0", "--model.n-heads", "0")
+    assert faults_of(tmp_path, "train: {steps: 10}\n", *flags).startswith("3 faults")
 
 
 @pytest.mark.parametrize(

@@ -143,9 +143,9 @@ def _end_together(job: Job, error: BaseException) -> NoReturn:
         time.sleep(pulse_of_job.CONSEQUENCE)
     text = message.removeprefix("error: ") or _first_line(error)
     code = EXIT_UNFINISHED if code is None else code
-    hung = pulse.ends(wait=0.0)  # its own watch may have told of that: then this error came of the end
+    ends_already = pulse.ends(wait=0.0)  # perhaps by a hang that this rank's watch found: then this error came of that
     cause = pulse.fail(text, code, consequence=is_consequence(error))
-    if cause.rank != launch.rank or (hung and cause.late):
+    if cause.rank != launch.rank or (ends_already and cause.late):
         if cause.text == text:  # a mistake that every rank has found
             pulse.leave(code, text)
         pulse.follow(cause)

@@ -107,8 +107,8 @@ def launch_of(environment: Mapping[str, str], *, host: str) -> Launch:
 def for_torchrun(endings: Path) -> dict[str, str]:
     """The environment of a torchrun that waits as long as ranks save, and whose ranks leave their codes in `endings`.
 
-    After SIGTERM torchrun sends SIGKILL, by default 30 s later; the limit is the cluster's, not its. It asks for this
-    variable from a version on that is older than 2.13; earlier ones do not look at it.
+    After SIGTERM torchrun sends SIGKILL, by default 30 s later; the limit is the cluster's, not its. torch
+    2.13 looks at this variable, 2.11 does not.
     """
     return {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_DAY), **os.environ, _ENDINGS: str(endings)}
 
