@@ -151,9 +151,8 @@ class _RowParts:
         self._header, self._between, self._end = b"", b"", b""
         self._next: tuple[bytes, bool] | None = None
         if self._is_table:
-            self._fragments = filter(
-                any, csv_fragments(stream, name=source.name)
-            )  # without empty ones that end nothing
+            # without empty ones that end nothing
+            self._fragments = filter(any, csv_fragments(stream, name=source.name))
             self._header = self._first_row(source.name, rules.max_record_bytes)
             return
         while (head := stream.peek(1)[:1]).isspace():
