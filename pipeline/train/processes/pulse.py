@@ -368,10 +368,12 @@ def _write_stacks(path: Path) -> None:
 
 
 def is_consequence(error: BaseException) -> bool:
-    """Whether an error may only say that another rank is gone."""
+    """Whether an error, or one that it was raised from, may only say that another rank is gone."""
     if isinstance(error, (dist.DistError, Elsewhere)):
         return True
-    return isinstance(error, (RuntimeError, OSError)) and any(mark in str(error).lower() for mark in _MARKS)
+    if isinstance(error, (RuntimeError, OSError)) and any(mark in str(error).lower() for mark in _MARKS):
+        return True
+    return error.__cause__ is not None and is_consequence(error.__cause__)
 
 
 def _innermost(thread: int | None) -> str:
