@@ -10,7 +10,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +23,14 @@ LOOK_AGAIN = 0.2  # seconds
 
 
 @contextmanager
-def locked(folder: Path, *, ask_of_other_hosts: bool, name: str = LOCK_NAME, patience: float = 0.0) -> Iterator[None]:
+def locked(
+    folder: Path,
+    *,
+    ask_of_other_hosts: bool,
+    name: str = LOCK_NAME,
+    patience: float = 0.0,
+    say: Callable[[str], None] | None = None,
+) -> Iterator[None]:
     """Hold the folder against a second process; a lock whose process died is simply taken.
 
     Processes that share a folder by agreement lock different names in it.
@@ -38,9 +45,12 @@ def locked(folder: Path, *, ask_of_other_hosts: bool, name: str = LOCK_NAME, pat
         try:
             descriptor = _acquire(path, ask_of_other_hosts=ask_of_other_hosts)
             break
-        except UserError:
+        except UserError as error:
             if time.monotonic() >= until:
                 raise
+            if say is not None:
+                say(f"waiting {patience:.0f} s: {error}")
+                say = None
             time.sleep(LOOK_AGAIN)
     holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now(UTC).isoformat("T", "seconds")}
     try:

@@ -77,10 +77,10 @@ def write_config(path: Path, settings: dict[str, Any]) -> Path:
     return path
 
 
-def run_pretrain(config: Path, *flags: str) -> tuple[int, str]:
-    """Run pretrain.py in a fresh process; return its exit code and what it printed."""
+def run_pretrain(config: Path, *flags: str, before: Callable[[], None] | None = None) -> tuple[int, str]:
+    """Run pretrain.py in a fresh process, which calls `before` first; return its exit code and what it printed."""
     receiver, sender = FORKS.Pipe(duplex=False)
-    process = FORKS.Process(target=_pretrain, args=([str(config), *flags], sender))
+    process = FORKS.Process(target=_pretrain, args=([str(config), *flags], sender, before))
     process.start()
     sender.close()
     printed = receiver.recv() if receiver.poll(240) else ""
@@ -172,7 +172,9 @@ def _print_into(output: str) -> None:
         os.dup2(file.fileno(), 2)
 
 
-def _pretrain(arguments: list[str], sender: Any) -> None:
+def _pretrain(arguments: list[str], sender: Any, before: Callable[[], None] | None) -> None:
+    if before is not None:
+        before()
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):

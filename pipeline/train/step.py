@@ -136,7 +136,7 @@ class Trainer:
         for number, part in enumerate(batch.micro_batches):
             self.runtime.pulse.beat(f"step {step}, micro-batch {number + 1} of {len(batch.micro_batches)}")
             place = self.runtime.rank * len(batch.micro_batches) + number
-            torch.manual_seed(named_seed(self.config.seed, "dropout", step, place))
+            self.runtime.seed(named_seed(self.config.seed, "dropout", step, place))
             part = part.to(self.runtime.device)
             last = number == len(batch.micro_batches) - 1
             with self.parallel.sync(last=last), naming_memory(self.config, rows=len(part.labels)):

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import pretrain
-from pipeline.cli import load_config
+from pipeline.cli import config_from_values, read_yaml
 from pipeline.data.loading.sources import open_sources
 from pipeline.train.processes.job import Job
 from pipeline.train.runtime import Runtime
@@ -56,7 +56,7 @@ def run_all(job: Job) -> None:
     runs = json.loads(Path(sys.argv[1]).read_text())
     runtime = None
     for config_file, copied_from in runs:
-        config = load_config([config_file])
+        config = config_from_values(read_yaml(Path(config_file)), origin=config_file)
         runtime = runtime or Runtime.start(config, job)
         if copied_from and runtime.is_main:
             shutil.copytree(copied_from, config.run_dir)

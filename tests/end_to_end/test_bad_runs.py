@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,15 @@ from rich.console import Console
 from pipeline.data.preparing.prepare import prepare
 from pipeline.data.preparing.request import Request
 from pipeline.data.tokenizer import load_tokenizer
+from pipeline.locks import locked
+from pipeline.train.running import run as run_module
 from pipeline.train.saving.checkpoint import list_checkpoints, verify
 from tests.support import make_dataset, record, run_pretrain, tiny_settings, write_config, write_corpus
 
 
-def mistake(config: Path, *flags: str) -> str:
+def mistake(config: Path, *flags: str, before: Callable[[], None] | None = None) -> str:
     """Run, expect exit code 2 and a message without a traceback."""
-    code, printed = run_pretrain(config, *flags)
+    code, printed = run_pretrain(config, *flags, before=before)
     assert code == 2, printed
     assert "Traceback" not in printed
     assert printed.count("error: ") == 1
@@ -245,12 +249,16 @@ def test_run_folder_that_cannot_be_one(config: Path, tmp_path: Path) -> None:
     assert (tmp_path / "taken").read_text() == "a file"
 
 
-def test_second_process_on_one_run_is_refused(config: Path, tmp_path: Path) -> None:
-    from pipeline.locks import locked
+def impatient() -> None:
+    run_module.PATIENCE = 1.0
 
+
+def test_second_process_on_one_run_waits_and_is_refused(config: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with locked(tmp_path / "run", ask_of_other_hosts=False):
-        assert "is being written by process" in mistake(config)
+        printed = mistake(config, before=impatient)
+        assert printed.index("waiting 1 s: ") < printed.index("error: ")
+        assert printed.count(f"is being written by process {os.getpid()} on ") == 2
         assert not (tmp_path / "run" / "status.json").exists()  # that is the other one's to tell
 
 

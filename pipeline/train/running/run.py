@@ -71,7 +71,8 @@ class Run:
         """
         if self.runtime.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._held.enter_context(locked(self.folder, ask_of_other_hosts=False, patience=PATIENCE))
+            lock = locked(self.folder, ask_of_other_hosts=False, patience=PATIENCE, say=self.runtime.say)
+            self._held.enter_context(lock)
         self.store.clean()
         self.runtime.barrier()
         newest = self.store.newest()
