@@ -693,6 +693,51 @@ def test_what_was_read_before_the_damage_is_kept(tmp_path: Path) -> None:
     assert [text.split()[1] for text in train] == [str(split.describe(n).row) for n in range(len(train))]
 
 
+def without_the_end_of_its_stream(output: Path) -> None:
+    """As a kill leaves it that comes after the last part was done."""
+    (output / "manifest.json").unlink()
+    ledger = output / "ledger.jsonl"
+    lines = ledger.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if '"stream":0' not in line]
+    assert len(kept) == len(lines) - 1
+    ledger.write_text("".join(kept))
+
+
+def packed_rows(path: Path) -> bytes:
+    """Compressed lines, in a stream of several parts."""
+    noise = random.Random(0)
+    lines = "".join(json.dumps({"text": f"row {i} {noise.randbytes(400).hex()}"}) + "\n" for i in range(900)).encode()
+    path.write_bytes(gzip.compress(lines, 1))
+    return path.read_bytes()
+
+
+def test_damage_that_was_told_is_told_once_after_a_kill(tmp_path: Path) -> None:
+    path, rules = tmp_path / "a.jsonl.gz", TextRules(unit_bytes=100_000)
+    path.write_bytes(packed_rows(path)[:-200])
+    asked = request(path, tokenizer="bytes", allow_failed=True, rules=rules)
+    undisturbed, _ = run(asked)
+    without_the_end_of_its_stream(tmp_path / "out")
+    again, said = run(asked)
+    assert "going on" in said
+    assert again == undisturbed
+    assert len(again.failed) == 1
+
+
+def test_damage_that_comes_after_its_part_was_done_is_told(tmp_path: Path) -> None:
+    path, rules = tmp_path / "a.jsonl.gz", TextRules(unit_bytes=100_000)
+    whole, asked = packed_rows(path), request(path, tokenizer="bytes", rules=rules)
+    run(asked)
+    without_the_end_of_its_stream(tmp_path / "out")
+    times = path.stat()
+    path.write_bytes(whole[:-20] + bytes(20))  # a bad block: neither size nor time tells
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(Unfinished, match=r"1 of 1 unit failed.*\n.*cannot read .*a\.jsonl\.gz past byte"):
+        run(asked)
+    path.write_bytes(whole)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert run(asked)[0].failed == ()
+
+
 def test_inputs_and_validation_inputs_that_change_places_are_other_settings(corpus: Path) -> None:
     first, second = (str(corpus / name) for name in INPUTS)
     run(request(corpus, inputs=(first,), val_inputs=(second,), val_fraction=None))

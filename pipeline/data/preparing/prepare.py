@@ -325,7 +325,11 @@ class _Preparation:
     def _cut(self, unit: Unit) -> Iterator[Unit]:
         """The parts of a stream unit, each in a plain file of its own until it is done."""
         (self.output / SPOOL_NAME).mkdir(exist_ok=True)
-        yield from cut_stream(unit, self.request.rules, into=partial(self._spooled, unit.number))
+        for part in cut_stream(unit, self.request.rules, into=partial(self._spooled, unit.number)):
+            damage, done = part.pieces[0].damage, self.done.get((part.number, part.part or 0))
+            if damage and done and not done.failed:  # it has come since: nobody will read the part again and tell
+                raise UserError(damage)
+            yield part
 
     def _recover(self, unit: Unit) -> UnitReport | None:
         report = finished(self.output, unit.name)

@@ -78,9 +78,9 @@ def cut_stream(unit: Unit, rules: TextRules, *, into: Callable[[int], Path]) -> 
     """Read the source of a stream unit once; part k goes to the plain file `into(k)` and is then yielded.
 
     Parts of lines and text are what a plain file of the same content would be cut into, parts of CSV and of a JSON
-    array are files of such, with the header. Where the source is damaged, the part begun is the last one, and reading
-    it ends with what is wrong; that is raised as `UserError` if the part was dropped at once, unread (there was one
-    from before the damage), or there is none. A part whose file cannot be written (`OSError`) is removed.
+    array are files of such, with the header. Where the source is damaged, the part begun is the last one: its piece
+    says what is wrong, and reading it ends with that; `UserError` where no part is begun. A part whose file cannot be
+    written (`OSError`) is removed.
     """
     (piece,) = unit.pieces
     source, start, number = piece.source, 0, 0
@@ -104,8 +104,6 @@ def cut_stream(unit: Unit, rules: TextRules, *, into: Callable[[int], Path]) -> 
             part = Piece(plain, piece.index, 0, size, size, offset=start, whole=whole, damage=damage)
             yield Unit(unit.number, (part,), part=number)
             if damage:
-                if not path.exists():
-                    raise UserError(damage)
                 return
             start, number = start + size, number + 1
 
