@@ -19,7 +19,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -181,17 +181,17 @@ def gpt2_of_tiktoken(tokenizer: str) -> Any:
     return tiktoken.Encoding(name="gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=end)
 
 
-def texts_of(corpus: Path) -> list[str]:
+def texts_of(corpus: Path) -> Iterator[str]:
     """All documents."""
     with corpus.open("rb") as file:
-        return [json.loads(line)["text"] for line in file]
+        yield from (json.loads(line)["text"] for line in file)
 
 
 def tokenizers_only(corpus: Path, tokenizer: str, workers: int, output: Path) -> None:
     """Encode only, with `tokenizers`: for a minute, which tells its rate."""
     from tokenizers import Tokenizer
 
-    loaded, texts = Tokenizer.from_file(tokenizer), texts_of(corpus)
+    loaded, texts = Tokenizer.from_file(tokenizer), list(texts_of(corpus))
     began, tokens, encoded, seconds = time.perf_counter(), 0, 0, 0.0
     for start in range(0, len(texts), 1000):
         batch = texts[start : start + 1000]

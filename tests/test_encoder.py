@@ -17,7 +17,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from pipeline.data.preparing import encoder as encoder_module
 from pipeline.data.preparing.cuts import WORD_PATTERNS, cut, divisible
-from pipeline.data.preparing.encoder import Encoder, EncoderMismatch, choose_encoder
+from pipeline.data.preparing.encoder import Encoder, EncoderMismatch, Tokens, choose_encoder
 from pipeline.data.preparing.nasty import NASTY, unicode_texts
 from pipeline.data.tokenizer import EOS, TextTokenizer, load_tokenizer
 from pipeline.errors import UserError
@@ -345,6 +345,12 @@ def test_special_text_is_counted_by_document() -> None:
     encoder = Encoder(changed(TRAINED, added_tokens=tokens), backend="tokenizers")
     yes = [EOS.encode(), b"a" + EOS.encode() * 2, b"x[PAD]"]
     assert encoder.special_text([*yes, b"", b"<|", b"<|endoftext", b"[PADD", b"<tool>", b"plain"]) == 3
+
+
+@given(st.lists(st.text("<|ab>", min_size=1, max_size=4), min_size=1, max_size=5, unique=True), st.text("<|ab>"))
+def test_tokens_are_found_wherever_they_are(tokens: list[str], text: str) -> None:
+    found = Tokens([added(number, token) for number, token in enumerate(tokens)]).within(text.encode())
+    assert found == any(token in text for token in tokens)
 
 
 def test_the_unknown_token_is_known() -> None:

@@ -85,7 +85,7 @@ class Encoder:
         self.unknown_id = tokenizer.unknown_id
         self.tokenizer = tokenizer
         self.divisible = divisible(definition)
-        self._specials = _by_prefix(added_tokens(definition, special=True))
+        self._specials = Tokens(added_tokens(definition, special=True))
         room = CACHE_BYTES + SHARED_CACHE_BYTES // workers
         self._native = _Native(tokenizer, definition, room=room) if backend == "gigatoken" else None
 
@@ -126,9 +126,7 @@ class Encoder:
 
     def special_text(self, contents: Iterable[bytes]) -> int:
         """How many documents hold the text of a special token. It is encoded as text; this is for the record."""
-        return len(
-            {n for rare, token in self._specials for n, c in enumerate(contents) if rare in c and token.search(c)}
-        )
+        return sum(map(self._specials.within, contents))
 
     def _batches(self, contents: Sequence[bytes]) -> Iterator[tuple[list[bytes], list[int]]]:
         """Pieces of the documents, in order, about `BATCH_BYTES` at a time, and whose they are."""
@@ -205,7 +203,7 @@ class _Native:
         self._tokenizer = tokenizer
         self._room = room
         self._composes = (definition.get("normalizer") or {}).get("type") == "NFC"
-        self._added = _by_prefix(added_tokens(definition, special=False))
+        self._added = Tokens(added_tokens(definition, special=False))
         self._definition = gigatoken_definition(definition)
         self._known = [text.encode() for text in nasty_texts(definition)]
         self._expected = reference(tokenizer, self._known)
@@ -234,7 +232,7 @@ class _Native:
         # Rare marks are ordered differently by gigatoken, whose table of Unicode is newer, so NFC is left to the
         # reference. Added tokens are looked for before it, and ended by it: text that holds one is not ours.
         composed = self._tokenizer.tokenizer.normalizer.normalize_str(piece.decode()).encode()
-        if _holds(self._added, piece) or _holds(self._added, composed):
+        if self._added.within(piece) or self._added.within(composed):
             return reference(self._tokenizer, [piece])[0]
         return encode(composed)
 
@@ -337,24 +335,33 @@ def _difference(
     return None
 
 
-def _by_prefix(tokens: Sequence[dict[str, Any]]) -> list[tuple[bytes, re.Pattern[bytes]]]:
-    """Tokens grouped by their first two bytes: the second of these, and a pattern for the group.
+class Tokens:
+    """Added tokens, to be looked for in text: most often there are none, and then it takes no time.
 
-    One byte is found at memory speed, two are not, and the second is the rarer one of `<|` and the like. So patterns
-    begin with it and look behind for the first.
+    Tokens are grouped by their first two bytes. One byte is found at memory speed, two are not, and the second of
+    these is the rarer one of `<|` and the like: text without it is done with. Of the rest one token is searched for as
+    it is, several by a pattern that begins with that byte and looks behind for the first.
     """
-    groups: dict[bytes, list[bytes]] = {}
-    for token in tokens:
-        content = token["content"].encode()
-        groups.setdefault(content[:2], []).append(re.escape(content[2:]))
-    return [
-        (start[-1:], re.compile(b"%s(?<=%s)(?:%s)" % (re.escape(start[-1:]), re.escape(start), b"|".join(ends))))
-        for start, ends in groups.items()
-    ]
+
+    def __init__(self, tokens: Sequence[dict[str, Any]]) -> None:
+        groups: dict[bytes, list[bytes]] = {}
+        for token in tokens:
+            content = token["content"].encode()
+            groups.setdefault(content[:2], []).append(content)
+        self._groups = [(start[-1:], group, _pattern(start, group)) for start, group in groups.items()]
+
+    def within(self, content: bytes) -> bool:
+        """Whether one of them is part of `content`."""
+        return any(
+            rare in content and (group[0] in content if len(group) == 1 else pattern.search(content) is not None)
+            for rare, group, pattern in self._groups
+        )
 
 
-def _holds(groups: list[tuple[bytes, re.Pattern[bytes]]], content: bytes) -> bool:
-    return any(rare in content and token.search(content) for rare, token in groups)
+def _pattern(start: bytes, tokens: Sequence[bytes]) -> re.Pattern[bytes]:
+    """For tokens that begin with the same two bytes."""
+    ends = b"|".join(re.escape(token[2:]) for token in tokens)
+    return re.compile(b"%s(?<=%s)(?:%s)" % (re.escape(start[-1:]), re.escape(start), ends))
 
 
 def _resident_bytes() -> int:
