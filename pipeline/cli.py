@@ -63,6 +63,7 @@ def load_config(arguments: Sequence[str], *, program: str = "pretrain.py") -> Co
     if path:
         values.setdefault("run_dir", f"runs/{path.stem}")
         _refuse(_field_faults(values), origin=str(path))  # contradictions may be mended by flags
+    _refuse(_unknown_flags(flags), origin="settings")
     twin = _unchecked_twin(Config)
     usage = f"{program} configs/NAME.yaml [--section.key VALUE ...]"
     merged = tyro.cli(
@@ -150,11 +151,28 @@ def _key_of(fault: Any) -> str:
 
 
 def _wanted(fault: Any) -> str:
-    """What was wrong, with the nearest known key for an unknown one."""
+    """What was wrong; for an unknown key, what was meant."""
     if fault["type"] == "extra_forbidden":
         *section, name = map(str, fault["loc"])
-        return f"unknown key{nearest(name, _keys_of(section))}"
+        return _unknown(section, name)
     return f"{fault['msg'][0].lower()}{fault['msg'][1:]}"
+
+
+def _unknown(section: list[str], name: str) -> str:
+    keys = _keys_of(section)
+    there = f"; {section[-1]} has {', '.join(keys)}" if section and keys else ""
+    return f"unknown key{nearest(name, keys) or there}"
+
+
+def _unknown_flags(flags: Sequence[str]) -> list[str]:
+    """Those for a section that has no such key; other unknown flags are left to tyro, which knows similar ones."""
+    faults = []
+    for flag in flags:
+        name, _, _ = flag.removeprefix("--").partition("=")
+        *section, key = name.replace("-", "_").split(".")
+        if flag.startswith("--") and section and section[0] in Config.model_fields and key not in _keys_of(section):
+            faults.append(f"--{name}: {_unknown(section, key)}")
+    return faults
 
 
 def _got(fault: Any) -> str:
@@ -166,6 +184,8 @@ def _keys_of(location: list[str]) -> list[str]:
     for part in location:
         if part.isdigit():  # a place in a list of sections
             continue
+        if part not in section.model_fields:
+            return []
         annotation: Any = section.model_fields[part].annotation
         if get_origin(annotation) is tuple:
             annotation = get_args(annotation)[0]

@@ -91,6 +91,16 @@ def test_a_value_of_neither_kind_is_one_fault(tmp_path: Path) -> None:
     assert "train.micro_batch: input should be greater than 0 or input should be 'auto', got 0" in message
 
 
+def test_an_unknown_key_names_those_of_its_section(tmp_path: Path) -> None:
+    keys = "unknown key; optim has " + ", ".join(Config.model_fields["optim"].annotation.model_fields)  # type: ignore[union-attr] # a section
+    assert f"optim.learning_rate: {keys}" in faults_of(tmp_path, "data: {path: a}\noptim: {learning_rate: 1}\n")
+    flags = ("--optim.learning-rate", "1", "--optim.lrr=2", "--optim.lr.x", "3", "--data.sources.0.wieght", "4")
+    printed = faults_of(tmp_path, "data: {path: a}\n", *flags)
+    assert f"--optim.learning-rate: {keys}\n" in printed
+    for expected in ("--optim.lrr: unknown key; did you mean 'lr'?", "--optim.lr.x: unknown key", "'weight'?"):
+        assert expected in printed
+
+
 def test_faults_of_flags_come_at_once(tmp_path: Path) -> None:
     flags = ("--train.steps", "-5", "--optim.lr", "0", "--model.n-heads", "0")
     assert faults_of(tmp_path, "train: {steps: 10}\n", *flags).startswith("3 faults")

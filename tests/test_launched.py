@@ -32,13 +32,13 @@ SRUN = {
 def test_alone() -> None:
     launch = launch_of({}, host="h")
     assert launch == Launch(host="h")
-    assert (launch.world_size, launch.stopped_code, launch.who) == (1, 75, "this process")
+    assert (launch.world_size, launch.stopped_code, launch.who, launch.launcher) == (1, 75, "this process", "python")
 
 
 def test_torchrun() -> None:
     launch = launch_of(TORCHRUN, host="h")
     assert launch == Launch(3, 4, 1, 2, "a", 1234, agent_store=True, elastic=True, host="h")
-    assert (launch.stopped_code, launch.who) == (0, "rank 3 on h")
+    assert (launch.stopped_code, launch.who, launch.launcher) == (0, "rank 3 on h", "torchrun ...")
 
 
 def test_one_process_of_torchrun_stops_with_0_too() -> None:
@@ -48,7 +48,7 @@ def test_one_process_of_torchrun_stops_with_0_too() -> None:
 def test_srun_without_torchrun() -> None:
     launch = launch_of(SRUN, host="h")
     assert launch == Launch(4, 5, 0, 1, "gpu007", 20123, host="h")
-    assert launch.stopped_code == 75
+    assert (launch.stopped_code, launch.launcher) == (75, "srun ... python")
 
 
 def test_srun_yields_to_what_is_set() -> None:

@@ -204,7 +204,8 @@ def test_a_signal_saves_the_last_step_of_all_ranks(
         assert not (run_dir / "status.json").exists() or status_of(run_dir) == ("stopped", 75)
         assert list_checkpoints(run_dir / "checkpoints") == []
     else:
-        assert printed.count("everything is saved; go on with the same command") == 1, printed
+        again = "everything is saved; go on with the same command: torchrun --standalone --nproc_per_node=2 pretrain.py"
+        assert printed.count(again) == 1, printed
         assert status_of(run_dir) == ("stopped", 75)
         stopped = STOPPED[place.split()[0]]
         assert f"stopped after step {stopped}" in printed

@@ -189,6 +189,7 @@ def test_mistakes_are_one_message_and_exit_code_2(
     assert message in err
     assert "Traceback" not in err
     assert not (tmp_path / "out" / "manifest.json").exists()
+    assert [folder for folder in tmp_path.iterdir() if folder.is_dir() and not any(folder.iterdir())] == []
 
 
 def test_help_names_every_flag(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

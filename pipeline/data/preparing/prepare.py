@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +42,7 @@ from pipeline.data.preparing.finish import (
     too_many_bad,
     write_quarantine,
 )
+from pipeline.data.preparing.holding import held
 from pipeline.data.preparing.ledger import Entry, Ledger, StreamEnd, finished, headers, ledgers, unrecorded
 from pipeline.data.preparing.progress import UnitProgress
 from pipeline.data.preparing.request import (
@@ -68,7 +68,6 @@ from pipeline.data.reading.plan import Unit, cut_stream, plan_units
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import Unfinished, UserError, counted
 from pipeline.files import fsync_folder
-from pipeline.locks import LOCK_NAME, locked, refuse_held
 
 SPOOL_NAME = ".spool"
 EARLY_VERDICT_RECORDS = 10_000
@@ -83,7 +82,7 @@ def prepare(request: Request, *, console: Console) -> Manifest | None:
     """
     with disk_errors(request.output):
         corpus, identity = corpus_of(request, console)
-        with _writing(request):
+        with held(request.output, share=request.share):
             refuse_foreign(request.output, identity, corpus)
             complete = complete_manifest(request.output, corpus)
             if complete:
@@ -97,26 +96,6 @@ def prepare(request: Request, *, console: Console) -> Manifest | None:
                     return _Preparation(request, corpus, identity, place, console).run()
             except KeyboardInterrupt:
                 raise stopped("units that are done are kept") from None
-
-
-@contextmanager
-def _writing(request: Request) -> Iterator[None]:
-    """Hold the output: alone, or beside the other shares."""
-    output = request.output
-    output.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        if request.share:
-            part, parts = request.share
-            stack.enter_context(locked(output, ask_of_other_hosts=False, name=f"{LOCK_NAME}-{part}-of-{parts}"))
-            refuse_held(output)
-            for path in sorted(output.glob(f"{LOCK_NAME}-*")):
-                if not path.name.endswith(f"-of-{parts}"):  # divided otherwise, two shares would do the same unit
-                    refuse_held(output, name=path.name)
-        else:
-            stack.enter_context(locked(output, ask_of_other_hosts=True))
-            for path in sorted(output.glob(f"{LOCK_NAME}-*")):  # of shares: whoever still works is named
-                stack.enter_context(locked(output, ask_of_other_hosts=True, name=path.name))
-        yield
 
 
 class _Preparation:

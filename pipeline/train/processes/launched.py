@@ -53,6 +53,14 @@ class Launch:
         return self.world_size > 1 and self.rank == 0 and not self.agent_store
 
     @property
+    def launcher(self) -> str:
+        """What starts this many processes, to stand before the script; on several nodes only its name is known here."""
+        if self.elastic:
+            one_node = self.world_size == self.local_world_size
+            return f"torchrun --standalone --nproc_per_node={self.world_size}" if one_node else "torchrun ..."
+        return "srun ... python" if self.world_size > 1 else "python"
+
+    @property
     def who(self) -> str:
         """This process in a message."""
         return f"rank {self.rank} on {self.host}" if self.world_size > 1 else "this process"

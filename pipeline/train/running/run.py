@@ -210,9 +210,9 @@ class Run:
         """Wait for the checkpoint, let go of everything; what to raise."""
         launch = self.runtime.job.launch
         self._close()
-        command = shlex.join(sys.argv)
-        launcher = "torchrun ... " if launch.elastic else "srun ... python " if launch.world_size > 1 else "python "
-        again = "" if launch.endings else f": {launcher}{command}"  # the scripts of launch/ are what was given
+        again = f": {launch.launcher} {shlex.join(sys.argv)}"
+        if launch.endings:  # a script of launch/ was given
+            again = ""
         message = f"stopped after step {state.step}, everything is saved; go on with the same command{again}"
         self._tell("stopped", state.step, exit_code=EXIT_STOPPED, message=message)
         return StoppedEarly(message)
