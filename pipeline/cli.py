@@ -160,7 +160,7 @@ def _wanted(fault: Any) -> str:
 
 def _unknown(section: list[str], name: str) -> str:
     keys = _keys_of(section)
-    there = f"; {section[-1]} has {', '.join(keys)}" if section and keys else ""
+    there = f"; known there: {', '.join(keys)}" if section and keys else ""
     return f"unknown key{nearest(name, keys) or there}"
 
 

@@ -92,7 +92,7 @@ def test_a_value_of_neither_kind_is_one_fault(tmp_path: Path) -> None:
 
 
 def test_an_unknown_key_names_those_of_its_section(tmp_path: Path) -> None:
-    keys = "unknown key; optim has " + ", ".join(Config.model_fields["optim"].annotation.model_fields)  # type: ignore[union-attr] # a section
+    keys = "unknown key; known there: " + ", ".join(Config.model_fields["optim"].annotation.model_fields)  # type: ignore[union-attr] # a section
     assert f"optim.learning_rate: {keys}" in faults_of(tmp_path, "data: {path: a}\noptim: {learning_rate: 1}\n")
     flags = ("--optim.learning-rate", "1", "--optim.lrr=2", "--optim.lr.x", "3", "--data.sources.0.wieght", "4")
     printed = faults_of(tmp_path, "data: {path: a}\n", *flags)

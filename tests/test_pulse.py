@@ -571,6 +571,11 @@ def test_an_ending_survives_its_journey() -> None:
     assert [Ending(0, "", "", 0, code).asked_for for code in (0, 75, 1, 2, 124)] == [True, True, False, False, False]
 
 
+def raised_from(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
@@ -580,6 +585,8 @@ def test_an_ending_survives_its_journey() -> None:
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (UserError("gloo"), False),
         (ValueError("NCCL"), False),
+        (raised_from(RuntimeError("not saved"), raised_from(ValueError("x"), dist.DistBackendError("y"))), True),
+        (raised_from(RuntimeError("not saved"), OSError("no space")), False),
     ],
 )
 def test_consequences_are_told_from_causes(error: BaseException, expected: bool) -> None:

@@ -63,7 +63,7 @@ class Place:
             with _dask_client(self.address) as client:
                 yield client.get_executor(pure=False)
         elif self.workers == 1:
-            gc.freeze()
+            gc.freeze()  # see `_begin_worker`
             try:
                 yield InThisProcess()
             finally:
