@@ -314,7 +314,7 @@ def test_no_validation_split_on_request(corpus: Path) -> None:
 def test_an_empty_validation_split_says_what_would_do(corpus: Path) -> None:
     with pytest.raises(UserError, match="leaves val empty with 240 documents; --val-fraction") as caught:
         run(request(corpus, val_fraction=1e-9))
-    assert list((corpus.parent / "out").iterdir()) == []
+    assert not (corpus.parent / "out").exists()
     fraction = float(str(caught.value).split("--val-fraction ")[2].split()[0])
     manifest, _ = run(request(corpus, val_fraction=fraction))
     assert manifest.total("val", "documents") >= 1
@@ -782,7 +782,7 @@ def test_an_empty_split_after_shares_leaves_nothing_that_another_fraction_would_
     prepare(request(corpus, val_fraction=1e-9, share=(0, 2)), console=Console(file=io.StringIO()))
     with pytest.raises(UserError, match="leaves val empty"):
         run(request(corpus, val_fraction=1e-9))
-    assert list((corpus.parent / "out").iterdir()) == []
+    assert not (corpus.parent / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "tokenizer.json"])
