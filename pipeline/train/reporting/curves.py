@@ -13,7 +13,6 @@ def draw_curves(lines: list[dict[str, Any]], path: Path, *, title: str) -> None:
     """Plot training and validation loss (nats per token), learning rate and gradient norm into `path`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and not needed to train
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter
 
     training = [line for line in lines if "loss" in line]
     validation = [line for line in lines if "val_loss" in line]
@@ -50,9 +49,20 @@ def draw_curves(lines: list[dict[str, Any]], path: Path, *, title: str) -> None:
     norms.set(ylabel="gradient norm", yscale="log")
     for axis in (norms.yaxis, bottom.yaxis):
         axis.set_tick_params(labelsize="small")
-    norms.yaxis.set(major_formatter=LogFormatter(), minor_formatter=LogFormatter())
+    norms.yaxis.set(major_formatter=_plain_numbers(), minor_formatter=_plain_numbers())
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
     temporary = path.with_name(f".{path.name}.partial")
     figure.savefig(temporary, format="png", dpi=120)
     temporary.replace(path)
+
+
+def _plain_numbers() -> Any:
+    """A formatter for a logarithmic axis: 0.6 and not 6e-01, where such an axis has a label at all."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    return Plain()
