@@ -45,9 +45,11 @@ class Knot:
 
 
 def test_garbage_is_collected_at_the_same_steps_everywhere_and_at_no_other_time(runtime: Runtime) -> None:
+    gc.collect()
+    frozen = gc.get_freeze_count()  # from Python 3.12 on what is immortal counts
     runtime.collect_garbage(17)  # whichever step a run goes on from
     assert not gc.isenabled()
-    assert gc.get_freeze_count() > 0
+    assert gc.get_freeze_count() > frozen
     collected = []
     for step in range(18, 18 + 2 * GARBAGE_STEPS):
         Knot()
@@ -58,7 +60,7 @@ def test_garbage_is_collected_at_the_same_steps_everywhere_and_at_no_other_time(
     assert collected == [GARBAGE_STEPS, 2 * GARBAGE_STEPS]
     runtime.stop()
     assert gc.isenabled()
-    assert gc.get_freeze_count() == 0
+    assert gc.get_freeze_count() == frozen
 
 
 def test_a_step_too_long_for_torchruns_patience_is_told_once(
