@@ -585,7 +585,8 @@ def raised_from(error: Exception, cause: Exception) -> Exception:
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (UserError("gloo"), False),
         (ValueError("NCCL"), False),
-        (raised_from(RuntimeError("not saved"), raised_from(ValueError("x"), dist.DistBackendError("y"))), True),
+        (raised_from(RuntimeError("not saved"), raised_from(OSError("x"), dist.DistBackendError("y"))), True),
+        (raised_from(UserError("no such host"), ConnectionRefusedError(111, "Connection refused")), False),
         (raised_from(RuntimeError("not saved"), OSError("no space")), False),
     ],
 )

@@ -368,12 +368,16 @@ def _write_stacks(path: Path) -> None:
 
 
 def is_consequence(error: BaseException) -> bool:
-    """Whether an error, or one that it was raised from, may only say that another rank is gone."""
+    """Whether an error, or the one that it was raised from, may only say that another rank is gone.
+
+    A user's mistake is its own account, whatever it was raised from.
+    """
     if isinstance(error, (dist.DistError, Elsewhere)):
         return True
-    if isinstance(error, (RuntimeError, OSError)) and any(mark in str(error).lower() for mark in _MARKS):
-        return True
-    return error.__cause__ is not None and is_consequence(error.__cause__)
+    if not isinstance(error, (RuntimeError, OSError)):
+        return False
+    cause = error.__cause__
+    return any(mark in str(error).lower() for mark in _MARKS) or (cause is not None and is_consequence(cause))
 
 
 def _innermost(thread: int | None) -> str:
