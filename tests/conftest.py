@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,3 +28,12 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     request = Request(inputs=(str(corpus),), output=output, tokenizer="bytes", val_fraction=0.2)
     prepare(request, console=Console(quiet=True))
     return output
+
+
+@pytest.fixture(autouse=True)
+def _garbage_is_collected() -> Iterator[None]:
+    """A run that was not stopped would leave all later tests of the process without the garbage collector."""
+    yield
+    left_on = gc.isenabled()
+    gc.enable()
+    assert left_on, "the garbage collector was left off: call Runtime.stop"

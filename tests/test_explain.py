@@ -52,7 +52,9 @@ def train(config: Path, *flags: str, seen: Seen, monkeypatch: pytest.MonkeyPatch
     with monkeypatch.context() as patch:
         patch.setattr(pretrain.Trainer, "step", noting)
         loaded = load_config([str(config), *flags])
-        pretrain.pretrain(loaded, open_sources(loaded), Runtime.start(loaded))
+        runtime = Runtime.start(loaded)
+        pretrain.pretrain(loaded, open_sources(loaded), runtime)
+        runtime.stop()
 
 
 def blend(folders: dict[str, Path], **weights: float) -> dict[str, Any]:
