@@ -213,7 +213,7 @@ class TextDecoder:
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer.tokenizer
-        self._is_byte_level = (tokenizer.definition.get("decoder") or {}).get("type") == "ByteLevel"
+        self._is_byte_level = (tokenizer.outline.get("decoder") or {}).get("type") == "ByteLevel"
         table = [b""] * (tokenizer.vocab_size if self._is_byte_level else 0)
         values = {symbol: value for value, symbol in enumerate(byte_symbols())}
         for token, number in self._tokenizer.get_vocab(with_added_tokens=True).items() if table else ():

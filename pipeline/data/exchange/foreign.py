@@ -8,7 +8,6 @@ trained on; where documents begin in files that do not say is found when first a
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -72,7 +71,7 @@ def open_foreign(
         splits,
         vocab_size=text.vocab_size,
         eos_id=text.eos_id,
-        tokenizer_json=json.dumps(text.definition, ensure_ascii=False).encode(),
+        tokenizer_json=text.definition_json,
         tokenizer_fingerprint=text.fingerprint,
         data_digest=digest_of(identity),
         notes=tuple(_notes(path, train + held_out, text)),
@@ -174,7 +173,7 @@ class TextCounter:
     @cached_property
     def _table(self) -> Integers | None:
         """(vocabulary,) bytes of the text of each id; None: they depend on the ids around, so text must be decoded."""
-        if not _is_byte_level(self.tokenizer.definition.get("decoder")):
+        if not _is_byte_level(self.tokenizer.outline.get("decoder")):
             return None
         table = np.zeros(self.tokenizer.vocab_size, np.int64)
         added = self.tokenizer.tokenizer.get_added_tokens_decoder()

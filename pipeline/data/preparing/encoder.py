@@ -79,15 +79,14 @@ class Encoder:
 
     def __init__(self, tokenizer: TextTokenizer, *, backend: Backend, workers: int = 1) -> None:
         """`workers`: how many processes share the memory."""
-        definition = tokenizer.definition
         self.backend = backend
         self.documents = self.text_bytes = self.tokens = self.audited = 0
         self.unknown_id = tokenizer.unknown_id
         self.tokenizer = tokenizer
-        self.divisible = divisible(definition)
-        self._specials = Tokens(added_tokens(definition, special=True))
+        self.divisible = divisible(tokenizer.outline)
+        self._specials = Tokens(added_tokens(tokenizer.outline, special=True))
         room = CACHE_BYTES + SHARED_CACHE_BYTES // workers
-        self._native = _Native(tokenizer, definition, room=room) if backend == "gigatoken" else None
+        self._native = _Native(tokenizer, room=room) if backend == "gigatoken" else None
 
     def encode(
         self, contents: Sequence[bytes], *, end: int | None = None
@@ -199,13 +198,13 @@ def reference(tokenizer: TextTokenizer, pieces: Sequence[bytes]) -> list[NDArray
 class _Native:
     """gigatoken, loaded when first needed and again when its cache takes more than `room` bytes."""
 
-    def __init__(self, tokenizer: TextTokenizer, definition: dict[str, Any], *, room: int) -> None:
+    def __init__(self, tokenizer: TextTokenizer, *, room: int) -> None:
         self._tokenizer = tokenizer
         self._room = room
-        self._composes = (definition.get("normalizer") or {}).get("type") == "NFC"
-        self._added = Tokens(added_tokens(definition, special=False))
-        self._definition = gigatoken_definition(definition)
-        self._known = [text.encode() for text in nasty_texts(definition)]
+        self._composes = (tokenizer.outline.get("normalizer") or {}).get("type") == "NFC"
+        self._added = Tokens(added_tokens(tokenizer.outline, special=False))
+        self._definition = gigatoken_definition(tokenizer.definition)
+        self._known = [text.encode() for text in nasty_texts(tokenizer.outline)]
         self._expected = reference(tokenizer, self._known)
         self._encode: Callable[[bytes], NDArray[np.uint32]] | None = None
         self._bytes = self._grown = self._resident = 0  # since loading; the last is what the process held then
@@ -278,12 +277,11 @@ def gigatoken_definition(definition: dict[str, Any]) -> str:
 
 def _unfit(tokenizer: TextTokenizer) -> str | None:
     """Why gigatoken must not even be tried with this tokenizer, or None."""
-    definition = tokenizer.definition
     if tokenizer.alphabet is not None:
         return "gigatoken knows no vocabularies of characters"
-    if definition["model"].get("dropout"):
+    if tokenizer.outline["model"].get("dropout"):
         return "its merges are drawn at random (dropout)"
-    if unknown := sorted(_normalizers(definition.get("normalizer")) - {"NFC", "Prepend", "Replace"}):
+    if unknown := sorted(_normalizers(tokenizer.outline.get("normalizer")) - {"NFC", "Prepend", "Replace"}):
         return f"gigatoken may normalize text otherwise ({', '.join(unknown)})"
     return None
 
