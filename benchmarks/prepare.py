@@ -1,11 +1,13 @@
 """Preparation speed beside the ways people use today, on the same JSONL and tokenizer, in one run.
 
     python -m benchmarks.prepare --tokenizer TOKENIZER.json [--text PATH ...] [--megabytes 250] [--workers 1 2]
+                                 [--copies 1] [--rounds 1]
 
 Each way runs in processes of its own, one after the other; the memory is the highest sum of the proportional set
 sizes (PSS) of its process tree. "encode only" ways get all text in memory as a list and write nothing: they bound
-what is possible. The corpus is real and no file occurs twice, for an encoder with a cache of words must not meet the
-same text again: by default it is the sources of all that is installed beside this project, a document a file.
+what is possible. The ratio is that of a rate to the first way's. The corpus is real and no file occurs twice, for an
+encoder with a cache of words must not meet the same text again: by default it is the sources of all that is installed
+beside this project, a document a file.
 """
 
 from __future__ import annotations
@@ -14,13 +16,17 @@ import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -40,6 +46,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, nargs="+", help="files, or folders of them (default: installed sources)")
     parser.add_argument("--megabytes", type=int, default=250)
     parser.add_argument("--copies", type=int, default=1, help="repeat the text so often, to see past the start")
+    parser.add_argument("--rounds", type=int, default=1, help="measure so often, one way after the other, for medians")
     parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--way", nargs=4, help=argparse.SUPPRESS)  # the child process: name, corpus, workers, output
@@ -55,16 +62,22 @@ def main() -> None:
         corpus.write_bytes(corpus.read_bytes() * arguments.copies)
         os.sync()  # nothing else is being written when the first way begins
         print(f"{size / 1e6:,.0f} MB of text in {corpus.stat().st_size / 1e6:,.0f} MB of JSONL, {os.cpu_count()} cores")
-        print(f"{'way':<26}{'workers':>8}{'seconds':>9}{'MB/s':>8}{'Mtok/s':>8}{'peak MB':>9}{'of ours':>9}")
-        for workers in arguments.workers:
-            ours = 0.0
-            for name in arguments.only:
-                output = Path(folder) / f"{WAYS[name].__name__}-{workers}"
-                seconds, tokens, encoded, peak = measure(name, corpus, arguments.tokenizer, workers, output)
-                rate = (encoded or size) / 1e6 / seconds
-                ours = ours or rate
-                speed = f"{seconds:>9.1f}{rate:>8.1f}{tokens / 1e6 / seconds:>8.2f}"
-                print(f"{name:<26}{workers:>8}{speed}{peak / 2**20:>9,.0f}{rate / ours:>9.3f}", flush=True)
+        print(f"{'way':<26}{'workers':>8}{'seconds':>9}{'MB/s':>8}{'Mtok/s':>8}{'peak MB':>9}{'ratio':>9}")
+        rates: dict[tuple[int, str], list[float]] = defaultdict(list)
+        runs = list(product(arguments.workers, arguments.only))
+        for workers, name in runs * arguments.rounds:
+            output = Path(folder) / "output" / WAYS[name].__name__
+            seconds, tokens, encoded, peak = measure(name, corpus, arguments.tokenizer, workers, output)
+            shutil.rmtree(output.parent)
+            rate = (encoded or size) / 1e6 / seconds
+            rates[workers, name].append(rate)
+            ratio = rate / rates[workers, arguments.only[0]][-1]
+            speed = f"{seconds:>9.1f}{rate:>8.1f}{tokens / 1e6 / seconds:>8.2f}{peak / 2**20:>9,.0f}{ratio:>9.3f}"
+            print(f"{name:<26}{workers:>8}{speed}", flush=True)
+        for workers, name in runs if arguments.rounds > 1 else ():
+            rate = median(rates[workers, name])
+            ratio = rate / median(rates[workers, arguments.only[0]])
+            print(f"{name:<26}{workers:>8}{'median':>9}{rate:>8.1f}{ratio:>26.3f}")
 
 
 def installed() -> list[Path]:
@@ -98,6 +111,7 @@ def make_corpus(path: Path, texts: list[Path], size: int) -> int:
 
 def measure(name: str, corpus: Path, tokenizer: str, workers: int, output: Path) -> tuple[float, int, int, int]:
     """Seconds as the way reports them, tokens, bytes of text (0: all of it), peak memory of the process tree."""
+    output.parent.mkdir()
     command = [sys.executable, "-m", "benchmarks.prepare", "--tokenizer", tokenizer]
     command += ["--way", name, str(corpus), str(workers), str(output)]
     threads = {"RAYON_NUM_THREADS": str(workers), "TOKENIZERS_PARALLELISM": "true"}

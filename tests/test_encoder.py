@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
@@ -275,7 +274,7 @@ def test_each_process_checks_what_it_loads(monkeypatch: pytest.MonkeyPatch, faul
 
 def test_the_audit_takes_documents_by_their_hash(monkeypatch: pytest.MonkeyPatch) -> None:
     contents = [f"document number {number}".encode() for number in range(60_000)]
-    taken = {content for content in contents if xxhash.xxh3_64_intdigest(content) % 10_000 == 0}
+    taken = {content for content in contents if encoder_module.is_audited(content)}
     assert 1 <= len(taken) <= 15
     encoder = Encoder(TRAINED, backend="gigatoken")
     encoder.encode(contents)

@@ -13,9 +13,10 @@ import mmap
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import orjson
@@ -28,7 +29,6 @@ from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError
 
 Backend = Literal["gigatoken", "tokenizers"]
-Result = TypeVar("Result")
 
 PIECE_BYTES = 128 * 2**10
 """Length from which a long document is encoded in parts, where the tokenizer allows it."""
@@ -38,6 +38,9 @@ BATCH_BYTES = {"gigatoken": 2**20, "tokenizers": 2**18}
 
 AUDIT_ONE_IN = 10_000
 """Pieces of which one is encoded by both. The reference takes 50 times as long: half a percent of the time."""
+
+AUDIT_TAIL_BYTES = 256
+"""To hash all of each piece for that would take a percent of the time."""
 
 AUDIT_BYTES = 256 * 2**10
 """Longest piece that is audited, 0.1 s of the reference."""
@@ -60,6 +63,8 @@ SHARED_CACHE_BYTES = 512 * 2**20
 RELOAD_BYTES = 2**33 if sys.platform == "linux" else 2**26
 """Text after which it is loaded anew in any case; sooner where the system does not tell the size of the process."""
 
+
+_MEMORY = Path("/proc/self/statm")
 
 _BEYOND_LATIN = re.compile(rb"[\xcc-\xf4]")
 """A character from U+0300 on, by its first byte. All before it are in the composed form NFC, for good."""
@@ -96,36 +101,36 @@ class Encoder:
         Nothing is added, but the id `end` after each document where it is given. Raises `EncoderMismatch` where
         gigatoken cannot be trusted, and `UserError` for characters that a `chars` vocabulary lacks.
         """
-        tokens = [0] * len(contents)
-        ending = [] if end is None else [np.array([end], np.uint32)]
         # A byte is seldom more than a token, so this nearly always has room; what is not written to takes no memory.
-        ids, filled, last = np.empty(sum(map(len, contents)) + len(contents) + 1, np.uint32), 0, 0
-        for pieces, owners in self._batches(contents):
-            parts: list[NDArray[np.uint32]] = []
-            for owner, piece in zip(owners, self.encode_each(pieces), strict=True):
-                if owner != last:
-                    parts += ending
-                    last = owner
-                parts.append(piece)
-                tokens[owner] += len(piece)
-            size = sum(map(len, parts))
-            if filled + size >= len(ids):
-                ids = np.concatenate([ids[:filled], np.empty(len(ids) + size, np.uint32)])
-            np.concatenate(parts, out=ids[filled : filled + size])
-            filled += size
-            self.text_bytes += sum(map(len, pieces))
-        lengths = np.array(tokens, np.int64)
-        if len(contents) and end is not None:
-            ids[filled] = end
-            filled += 1
-            lengths += 1
+        ids, stops = np.empty(sum(map(len, contents)) + len(contents) + 1, np.uint32), [0] * len(contents)
+        filled, last, gap = 0, 0, int(end is not None)
+        for owner, found in self._encoded(contents):
+            if owner != last:
+                filled, last = filled + gap, owner
+            stop = filled + len(found)
+            if stop >= len(ids):
+                ids = np.concatenate([ids[:filled], np.empty(len(ids) + len(found), np.uint32)])
+            ids[filled:stop] = found  # at once, while it is in the cache: a list of them to put together takes longer
+            filled = stops[owner] = stop
+        ends = np.array(stops, np.int64)
+        if end is not None:
+            ids[ends] = end
+            ends += 1
+        lengths = np.diff(ends, prepend=0)
+        size = int(lengths.sum())
         self.documents += len(contents)
-        self.tokens += filled
-        return ids[:filled], lengths
+        self.text_bytes += sum(map(len, contents))
+        self.tokens += size
+        return ids[:size], lengths
 
     def special_text(self, contents: Iterable[bytes]) -> int:
         """How many documents hold the text of a special token. It is encoded as text; this is for the record."""
         return sum(map(self._specials.within, contents))
+
+    def _encoded(self, contents: Sequence[bytes]) -> Iterator[tuple[int, NDArray[np.uint32]]]:
+        """Ids of the pieces of the documents, in order, and whose they are."""
+        for pieces, owners in self._batches(contents):
+            yield from zip(owners, self.encode_each(pieces), strict=True)
 
     def _batches(self, contents: Sequence[bytes]) -> Iterator[tuple[list[bytes], list[int]]]:
         """Pieces of the documents, in order, about `BATCH_BYTES` at a time, and whose they are."""
@@ -133,7 +138,7 @@ class Encoder:
         owners: list[int] = []
         size, limit = 0, BATCH_BYTES[self.backend]
         for owner, content in enumerate(contents):
-            for piece in cut(content, PIECE_BYTES) if self.divisible else (content,):
+            for piece in cut(content, PIECE_BYTES) if self.divisible and len(content) > PIECE_BYTES else (content,):
                 if pieces and size + len(piece) > limit:
                     yield pieces, owners
                     pieces, owners, size = [], [], 0
@@ -143,17 +148,22 @@ class Encoder:
         if pieces:
             yield pieces, owners
 
-    def encode_each(self, pieces: Sequence[bytes]) -> list[NDArray[np.uint32]]:
+    def encode_each(self, pieces: Sequence[bytes]) -> Iterator[NDArray[np.uint32]]:
         """Ids of each piece; raises as `encode` does."""
         if self._native is None:
-            return reference(self.tokenizer, pieces)
-        encoded = self._native.encode(pieces)
-        for piece, ids in zip(pieces, encoded, strict=True):
-            if len(piece) <= AUDIT_BYTES and xxhash.xxh3_64_intdigest(piece) % AUDIT_ONE_IN == 0:
+            yield from reference(self.tokenizer, pieces)
+            return
+        for piece, ids in zip(pieces, self._native.encode(pieces), strict=True):
+            if len(piece) <= AUDIT_BYTES and is_audited(piece):
                 self.audited += 1
                 if fault := _difference([piece], [ids], reference(self.tokenizer, [piece])):
                     raise EncoderMismatch(fault)
-        return encoded
+            yield ids
+
+
+def is_audited(piece: bytes) -> bool:
+    """Whether a piece is encoded by both: one in `AUDIT_ONE_IN`, the same in every run, told by its length and end."""
+    return xxhash.xxh3_64_intdigest(piece[-AUDIT_TAIL_BYTES:], seed=len(piece)) % AUDIT_ONE_IN == 0
 
 
 def choose_encoder(
@@ -184,7 +194,7 @@ def _proven(tokenizer: TextTokenizer, sample: Sequence[bytes]) -> Encoder:
     """gigatoken with this tokenizer, loaded; `EncoderMismatch` says where it differs."""
     encoder = Encoder(tokenizer, backend="gigatoken")
     for pieces in _trial(encoder, sample):
-        if fault := _difference(pieces, encoder.encode_each(pieces), reference(tokenizer, pieces)):
+        if fault := _difference(pieces, list(encoder.encode_each(pieces)), reference(tokenizer, pieces)):
             raise EncoderMismatch(fault)
     return encoder
 
@@ -209,21 +219,23 @@ class _Native:
         self._encode: Callable[[bytes], NDArray[np.uint32]] | None = None
         self._bytes = self._grown = self._resident = 0  # since loading; the last is what the process held then
 
-    def encode(self, pieces: Sequence[bytes]) -> list[NDArray[np.uint32]]:
-        """Ids of each piece; `EncoderMismatch` if gigatoken fails."""
+    def encode(self, pieces: Sequence[bytes]) -> Iterator[NDArray[np.uint32]]:
+        """Ids of each piece; `EncoderMismatch` if gigatoken fails. It may be loaded anew after the last."""
         encode = self._encode = self._encode or self._load()
         before = _resident_bytes()
-        encoded = _guard(lambda: self._each(encode, pieces))
+        with _trusted():
+            yield from self._each(encode, pieces)
         after = _resident_bytes()
         self._bytes += sum(map(len, pieces))
         self._grown += max(0, after - before)
-        # by both measures: the first counts what it returned, too, the second what others in the process took
+        # by both measures: the first counts what was kept of the ids, too, the second what others in the process took
         if min(self._grown, after - self._resident) > self._room or self._bytes > RELOAD_BYTES:
             self._encode = None
-        return encoded
 
-    def _each(self, encode: Callable[[bytes], NDArray[np.uint32]], pieces: Sequence[bytes]) -> list[NDArray[np.uint32]]:
-        return list(map(partial(self._composed, encode) if self._composes else encode, pieces))
+    def _each(
+        self, encode: Callable[[bytes], NDArray[np.uint32]], pieces: Sequence[bytes]
+    ) -> Iterator[NDArray[np.uint32]]:
+        return map(partial(self._composed, encode) if self._composes else encode, pieces)
 
     def _composed(self, encode: Callable[[bytes], NDArray[np.uint32]], piece: bytes) -> NDArray[np.uint32]:
         if piece.isascii() or _BEYOND_LATIN.search(piece) is None:
@@ -238,8 +250,9 @@ class _Native:
     def _load(self) -> Callable[[bytes], NDArray[np.uint32]]:
         """Checked each time: this may be another machine than the one that chose gigatoken, with other instructions."""
         _return_freed_memory()
-        encode = _guard(lambda: _load_gigatoken(self._definition))
-        known = _guard(lambda: self._each(encode, self._known))
+        with _trusted():
+            encode = _load_gigatoken(self._definition)
+            known = list(self._each(encode, self._known))
         if fault := _difference(self._known, known, self._expected):
             raise EncoderMismatch(fault)
         self._bytes, self._grown, self._resident = 0, 0, _resident_bytes()
@@ -253,9 +266,11 @@ def _load_gigatoken(definition: str) -> Callable[[bytes], NDArray[np.uint32]]:
     return Tokenizer.from_json(definition).encode
 
 
-def _guard(call: Callable[[], Result]) -> Result:
+@contextmanager
+def _trusted() -> Iterator[None]:
+    """Whatever goes wrong in gigatoken within the block is an `EncoderMismatch`."""
     try:
-        return call()
+        yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, ImportError):
         raise
     except BaseException as error:  # a panic in the library is no Exception
@@ -337,8 +352,8 @@ class Tokens:
     """Added tokens, to be looked for in text: most often there are none, and then it takes no time.
 
     Tokens are grouped by their first two bytes. One byte is found at memory speed, two are not, and the second of
-    these is the rarer one of `<|` and the like: text without it is done with. Of the rest one token is searched for as
-    it is, several by a pattern that begins with that byte and looks behind for the first.
+    these is the rarer one of `<|` and the like: text before the first of it is done with. In the rest one token is
+    searched for as it is, several by a pattern that begins with that byte and looks behind for the first.
     """
 
     def __init__(self, tokens: Sequence[dict[str, Any]]) -> None:
@@ -350,10 +365,14 @@ class Tokens:
 
     def within(self, content: bytes) -> bool:
         """Whether one of them is part of `content`."""
-        return any(
-            rare in content and (group[0] in content if len(group) == 1 else pattern.search(content) is not None)
-            for rare, group, pattern in self._groups
-        )
+        for rare, group, pattern in self._groups:
+            second = content.find(rare)
+            if second < 0:
+                continue
+            start = max(second - 1, 0)
+            if content.find(group[0], start) >= 0 if len(group) == 1 else pattern.search(content, start):
+                return True
+        return False
 
 
 def _pattern(start: bytes, tokens: Sequence[bytes]) -> re.Pattern[bytes]:
@@ -365,7 +384,8 @@ def _pattern(start: bytes, tokens: Sequence[bytes]) -> re.Pattern[bytes]:
 def _resident_bytes() -> int:
     """Memory of this process, where the system tells it cheaply."""
     try:
-        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * mmap.PAGESIZE
+        with _MEMORY.open("rb", buffering=0) as file:  # the shortest way: this is asked twice a batch
+            return int(file.read().split()[1]) * mmap.PAGESIZE
     except OSError:
         return 0
 
