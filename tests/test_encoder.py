@@ -90,7 +90,7 @@ ENCODERS = [
 def test_ids_are_those_of_tokenizers(texts: list[str]) -> None:
     for tokenizer, encoder in ENCODERS:
         ids, lengths = encoder.encode([text.encode() for text in texts])
-        assert (ids.dtype, lengths.dtype) == (np.uint32, np.int64)
+        assert (ids.dtype, lengths.dtype) == (np.uint16, np.int64)
         assert [part.tolist() for part in np.split(ids, np.cumsum(lengths))][:-1] == [
             plainly(tokenizer, text) for text in texts
         ]
@@ -238,9 +238,9 @@ def break_gigatoken(monkeypatch: pytest.MonkeyPatch, fault: Callable[[bytes, Any
     loads: list[int] = []
     load = encoder_module._load_gigatoken
 
-    def broken(definition: str) -> Callable[[bytes], Any]:
+    def broken(definition: str, *, vocab_size: int) -> Callable[[bytes], Any]:
         loads.append(1)
-        encode = load(definition)
+        encode = load(definition, vocab_size=vocab_size)
         return lambda content: fault(content, encode(content))
 
     monkeypatch.setattr(encoder_module, "_load_gigatoken", broken)
@@ -270,6 +270,22 @@ def test_each_process_checks_what_it_loads(monkeypatch: pytest.MonkeyPatch, faul
     break_gigatoken(monkeypatch, fault)
     with pytest.raises(EncoderMismatch, match=r"differ from token 0|gigatoken fails: index out of bounds"):
         Encoder(TRAINED, backend="gigatoken").encode([b"harmless"])
+
+
+def test_ids_beyond_the_vocabulary_are_not_gigatokens_to_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    load = encoder_module._load_gigatoken
+    monkeypatch.setattr(encoder_module, "_load_gigatoken", lambda content, vocab_size: load(content, vocab_size=200))
+    with pytest.raises(EncoderMismatch, match="it has ids up to 399, the tokenizer up to 199"):
+        Encoder(TRAINED, backend="gigatoken").encode([b"harmless"])
+
+
+def test_ids_of_a_large_vocabulary_keep_their_value() -> None:
+    words = {f"w{number}": number for number in range(70_000)}
+    tokenizer = Tokenizer(models.WordLevel({**words, "[UNK]": 70_000, EOS: 70_001}, unk_token="[UNK]"))  # noqa: S106
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    large = TextTokenizer.from_definition(json.loads(tokenizer.to_str()), origin="large")
+    ids, lengths = Encoder(large, backend="tokenizers").encode([b"w69999 w0", b"w65536"], end=large.eos_id)
+    assert (ids.tolist(), lengths.tolist()) == ([69_999, 0, 70_001, 65_536, 70_001], [3, 2])
 
 
 def test_the_audit_takes_documents_by_their_hash(monkeypatch: pytest.MonkeyPatch) -> None:

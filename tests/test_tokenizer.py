@@ -69,6 +69,18 @@ def test_sizes_and_ends() -> None:
     assert TRAINED.tokenizer.id_to_token(TRAINED.eos_id) == EOS
 
 
+def test_vocabularies_end_with_their_highest_id() -> None:
+    """As the library counts, whatever the file of a model that was extended says."""
+    extended = TRAINED.definition
+    tokenizer = Tokenizer.from_str(json.dumps(extended))
+    tokenizer.add_tokens(["a new one", "and another"])
+    pieces = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0), ("</s>", -9.0)], unk_id=0))
+    sparse = Tokenizer(models.WordLevel({"a": 7, "[UNK]": 1, EOS: 12}, unk_token="[UNK]"))  # noqa: S106 - of text
+    for library, size in ((tokenizer, 302), (pieces, 3), (sparse, 13)):
+        ours = TextTokenizer.from_definition(json.loads(library.to_str()), origin="test")
+        assert ours.vocab_size == 1 + max(library.get_vocab(with_added_tokens=True).values()) == size
+
+
 def test_training_is_deterministic() -> None:
     again = load_tokenizer("train:300", texts=CORPUS)
     other = load_tokenizer("train:300", texts=CORPUS[:1])

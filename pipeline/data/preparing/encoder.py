@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.preparing.cuts import added_tokens, cut, divisible
 from pipeline.data.preparing.nasty import nasty_texts, unicode_texts
+from pipeline.data.shards import token_dtype
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError
 
@@ -79,7 +80,7 @@ class Encoder:
 
     Counts what it has done: `documents`, `text_bytes`, `tokens`, and `audited`, the pieces that were encoded by
     both and compared. `divisible`: the ids of a document are those of its parts by `cut`. `unknown_id` is the id of
-    the token for unknown text, None if the tokenizer has none.
+    the token for unknown text, None if the tokenizer has none. `dtype`: that of ids in shards.
     """
 
     def __init__(self, tokenizer: TextTokenizer, *, backend: Backend, workers: int = 1) -> None:
@@ -88,28 +89,27 @@ class Encoder:
         self.documents = self.text_bytes = self.tokens = self.audited = 0
         self.unknown_id = tokenizer.unknown_id
         self.tokenizer = tokenizer
+        self.dtype = token_dtype(tokenizer.vocab_size)
         self.divisible = divisible(tokenizer.outline)
         self._specials = Tokens(added_tokens(tokenizer.outline, special=True))
         room = CACHE_BYTES + SHARED_CACHE_BYTES // workers
         self._native = _Native(tokenizer, room=room) if backend == "gigatoken" else None
 
-    def encode(
-        self, contents: Sequence[bytes], *, end: int | None = None
-    ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-        """Ids of all documents end to end, (tokens,), and the tokens of each, (len(contents),).
+    def encode(self, contents: Sequence[bytes], *, end: int | None = None) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """Ids of all documents end to end, (tokens,) of `dtype`, and the tokens of each, (len(contents),).
 
         Nothing is added, but the id `end` after each document where it is given. Raises `EncoderMismatch` where
         gigatoken cannot be trusted, and `UserError` for characters that a `chars` vocabulary lacks.
         """
         # A byte is seldom more than a token, so this nearly always has room; what is not written to takes no memory.
-        ids, stops = np.empty(sum(map(len, contents)) + len(contents) + 1, np.uint32), [0] * len(contents)
+        ids, stops = np.empty(sum(map(len, contents)) + len(contents) + 1, self.dtype), [0] * len(contents)
         filled, last, gap = 0, 0, int(end is not None)
         for owner, found in self._encoded(contents):
             if owner != last:
                 filled, last = filled + gap, owner
             stop = filled + len(found)
             if stop >= len(ids):
-                ids = np.concatenate([ids[:filled], np.empty(len(ids) + len(found), np.uint32)])
+                ids = np.concatenate([ids[:filled], np.empty(len(ids) + len(found), self.dtype)])
             ids[filled:stop] = found  # at once, while it is in the cache: a list of them to put together takes longer
             filled = stops[owner] = stop
         ends = np.array(stops, np.int64)
@@ -251,7 +251,7 @@ class _Native:
         """Checked each time: this may be another machine than the one that chose gigatoken, with other instructions."""
         _return_freed_memory()
         with _trusted():
-            encode = _load_gigatoken(self._definition)
+            encode = _load_gigatoken(self._definition, vocab_size=self._tokenizer.vocab_size)
             known = list(self._each(encode, self._known))
         if fault := _difference(self._known, known, self._expected):
             raise EncoderMismatch(fault)
@@ -259,11 +259,14 @@ class _Native:
         return encode
 
 
-def _load_gigatoken(definition: str) -> Callable[[bytes], NDArray[np.uint32]]:
+def _load_gigatoken(definition: str, *, vocab_size: int) -> Callable[[bytes], NDArray[np.uint32]]:
     from gigatoken import Tokenizer  # here, so that all else works where it is not installed
 
+    tokenizer = Tokenizer.from_json(definition)
+    if tokenizer.vocab_size > vocab_size:  # its ids are stored as the smallest type that holds ours
+        raise ValueError(f"it has ids up to {tokenizer.vocab_size - 1}, the tokenizer up to {vocab_size - 1}")
     # document by document: as fast as a batch from 1 KB on, and it spares a worker awkward, 40 MB and 0.3 s
-    return Tokenizer.from_json(definition).encode
+    return tokenizer.encode
 
 
 @contextmanager

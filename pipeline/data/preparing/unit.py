@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from secrets import token_hex
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, Any, Self
 
 import numpy as np
 import orjson
@@ -346,7 +346,7 @@ class _Sink:
             self._on_batch(self._bytes, len(ids))
         self._contents, self._sources, self._rows, self._bytes = [], [], [], 0
 
-    def _refuse_end_inside(self, ids: NDArray[np.uint32], lengths: NDArray[np.int64]) -> None:
+    def _refuse_end_inside(self, ids: NDArray[Any], lengths: NDArray[np.int64]) -> None:
         """A document that ends within would be two to training, and damage to `--verify`."""
         ends = np.bincount(np.searchsorted(np.cumsum(lengths), np.flatnonzero(ids == self._eos_id), side="right"))
         number = int(np.argmax(ends > 1))
@@ -356,7 +356,7 @@ class _Sink:
             raise EncoderMismatch(fault)
         raise UserError(f"{fault}; choose another with --eos TOKEN, or leave this text out")
 
-    def _notice(self, contents: list[bytes], ids: NDArray[np.uint32]) -> None:
+    def _notice(self, contents: list[bytes], ids: NDArray[Any]) -> None:
         """Count what is kept as it stands but worth knowing."""
         self.noticed["documents with NUL"] += sum(b"\0" in content for content in contents)
         self.noticed["documents with the text of a special token"] += self._encoder.special_text(contents)
