@@ -67,6 +67,7 @@ def main() -> None:
         runs = list(product(arguments.workers, arguments.only))
         for workers, name in runs * arguments.rounds:
             output = Path(folder) / "output" / WAYS[name].__name__
+            output.parent.mkdir()
             seconds, tokens, encoded, peak = measure(name, corpus, arguments.tokenizer, workers, output)
             shutil.rmtree(output.parent)
             rate = (encoded or size) / 1e6 / seconds
@@ -111,12 +112,11 @@ def make_corpus(path: Path, texts: list[Path], size: int) -> int:
 
 def measure(name: str, corpus: Path, tokenizer: str, workers: int, output: Path) -> tuple[float, int, int, int]:
     """Seconds as the way reports them, tokens, bytes of text (0: all of it), peak memory of the process tree."""
-    output.parent.mkdir()
     command = [sys.executable, "-m", "benchmarks.prepare", "--tokenizer", tokenizer]
     command += ["--way", name, str(corpus), str(workers), str(output)]
     threads = {"RAYON_NUM_THREADS": str(workers), "TOKENIZERS_PARALLELISM": "true"}
     environment = {**os.environ, **threads, "HF_DATASETS_CACHE": f"{output}.cache"}
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # all ways start from compiled modules, as they do by default
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # by default, modules are compiled once
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     peak = 0
     while process.poll() is None:

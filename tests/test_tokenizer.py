@@ -70,15 +70,18 @@ def test_sizes_and_ends() -> None:
 
 
 def test_vocabularies_end_with_their_highest_id() -> None:
-    """As the library counts, whatever the file of a model that was extended says."""
-    extended = TRAINED.definition
-    tokenizer = Tokenizer.from_str(json.dumps(extended))
+    """As the library counts: it gives added tokens ids of its own, whatever their file says."""
+    tokenizer = Tokenizer.from_str(json.dumps(TRAINED.definition))
     tokenizer.add_tokens(["a new one", "and another"])
-    pieces = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0), ("</s>", -9.0)], unk_id=0))
-    sparse = Tokenizer(models.WordLevel({"a": 7, "[UNK]": 1, EOS: 12}, unk_token="[UNK]"))  # noqa: S106 - of text
-    for library, size in ((tokenizer, 302), (pieces, 3), (sparse, 13)):
-        ours = TextTokenizer.from_definition(json.loads(library.to_str()), origin="test")
-        assert ours.vocab_size == 1 + max(library.get_vocab(with_added_tokens=True).values()) == size
+    extended = json.loads(tokenizer.to_str())
+    extended["added_tokens"][-1]["id"] = 900
+    pieces = json.loads(Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0), ("</s>", -9.0)], unk_id=0)).to_str())
+    words = {"a": 7, "[UNK]": 1, EOS: 12}
+    sparse = json.loads(Tokenizer(models.WordLevel(words, unk_token="[UNK]")).to_str())  # noqa: S106 - a token of text
+    for definition, size in ((extended, 302), (pieces, 3), (sparse, 13)):
+        ours = TextTokenizer.from_definition(definition, origin="test")
+        library = Tokenizer.from_str(json.dumps(definition)).get_vocab(with_added_tokens=True)
+        assert ours.vocab_size == 1 + max(library.values()) == size
 
 
 def test_training_is_deterministic() -> None:
@@ -155,8 +158,9 @@ def test_eos_is_found_chosen_or_asked_for(tmp_path: Path) -> None:
         TextTokenizer.from_file(tmp_path)
     with pytest.raises(UserError, match=r"no token '<stopp>'.*did you mean '<stop>'"):
         TextTokenizer.from_file(tmp_path, eos="<stopp>")
-    with pytest.raises(UserError, match="no token with the id 999"):
-        TextTokenizer.from_file(tmp_path, eos=999)
+    for number in (999, -1, 2**40):
+        with pytest.raises(UserError, match=f"no token with the id {number}"):
+            TextTokenizer.from_file(tmp_path, eos=number)
     assert TextTokenizer.from_file(tmp_path, eos="<stop>").eos_id == TRAINED.eos_id
     assert TextTokenizer.from_file(tmp_path, eos=7).eos_id == 7
 
@@ -172,6 +176,7 @@ def test_eos_is_found_chosen_or_asked_for(tmp_path: Path) -> None:
         ("nowhere/tokens.tiktoken", "no tokenizer file"),
         ("./folder", "no tokenizer file folder"),
         ("broken.json", "cannot read the tokenizer"),
+        ("infinite.json", "cannot read the tokenizer .*NaN is no number of JSON"),
         ("sentence.model", "a SentencePiece model must be converted"),
         ("own.tiktoken", "must be that of a published encoding, gpt2.tiktoken, r50k_base.tiktoken, .*o200k_base"),
         ("gpt3.tiktoken", "did you mean 'gpt2'"),
@@ -192,6 +197,7 @@ def test_eos_is_found_chosen_or_asked_for(tmp_path: Path) -> None:
 )
 def test_bad_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:
     (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "infinite.json").write_text(json.dumps({**BYTES.definition, "dropout": float("nan")}))
     (tmp_path / "other.json").write_text("{}")
     (tmp_path / "sentence.model").write_bytes(b"\n\x0e\n\x05<unk>\xff")
     whole = {bytes([value]): value for value in range(256)}
@@ -481,6 +487,16 @@ def test_an_added_end_that_is_not_special_becomes_so() -> None:
     assert [tokenizer.encode(text) for text in CORPUS] == [TRAINED.encode(text) for text in CORPUS]
     assert tokenizer.fingerprint == TRAINED.fingerprint
     assert TRAINED.ending_documents(origin="") is TRAINED
+
+
+def test_no_added_token_is_lost_when_the_end_becomes_special() -> None:
+    """Two of one id, as files have them that were edited by hand: the library counts them anew."""
+    definition = BYTES.definition
+    (end,) = definition["added_tokens"]
+    others = [{**end, "content": content, "id": 300, "special": False} for content in ("<a>", "<b>")]
+    definition["added_tokens"] = [{**end, "special": False}, *others]
+    plain = TextTokenizer.from_definition(definition, origin="json")
+    assert plain.encode("<a><b>") == plain.ending_documents(origin="json").encode("<a><b>") == [257, 258]
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,9 @@ class TokenSplit:
     """One split as one stream of tokens: its documents end to end, over all parts in order.
 
     Deleted documents are no part of it: the stream consists of segments, runs of kept documents of one part.
-    Documents and tokens are numbered along the stream. `text_bytes` may be a function, called when first asked.
-    `unproven`: the vocabulary of ids that were not all looked at: plans then look at what they read. None: they were.
+    Documents and tokens are numbered along the stream. `dtype`: what holds the ids of all parts. `text_bytes` may be a
+    function, called when first asked. `unproven`: the vocabulary of ids that were not all looked at: plans then look at
+    what they read. None: they were.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class TokenSplit:
         self.parts = tuple(parts)
         self.unproven = unproven
         self._text_bytes = text_bytes
-        self._dtype = dtype
+        self.dtype = dtype
         runs = [_segments(part) for part in self.parts]
         self._part = np.repeat(np.arange(len(runs)), [len(run) for run in runs])
         self._segments = np.concatenate(runs) if runs else np.zeros(0, _SEGMENT)
@@ -108,7 +109,7 @@ class TokenSplit:
         parts = [self._part_of(number).tokens[a:b] for number, a, b in self._overlapping(start, stop)]
         if len(parts) == 1:
             return parts[0]
-        return np.concatenate(parts) if parts else np.zeros(0, self._dtype)
+        return np.concatenate(parts) if parts else np.zeros(0, self.dtype)
 
     def ranges(self, starts: Integers, stops: Integers) -> Iterator[Tokens]:
         """The same for many ranges, starts and stops (n,), found together: a millionth of a second each."""

@@ -177,7 +177,8 @@ class TextTokenizer:
         Text of a special token is encoded as text; an added token that is not special would end documents within.
         Raises `UserError` for an ordinary token, which stands for text.
         """
-        added = {entry["id"]: entry for entry in self.outline.get("added_tokens") or []}
+        entries = self.outline.get("added_tokens") or []
+        added = {entry["id"]: entry for entry in entries}
         if self.eos_id not in added:
             text = self.decode([self.eos_id])
             trials = [self.eos_token, text, f"a{text}", f"{text} {text}"]
@@ -189,9 +190,7 @@ class TextTokenizer:
                     "added_tokens of the tokenizer.json as special"
                 )
         elif not added[self.eos_id].get("special"):
-            entries = [
-                {**entry, "special": True} if number == self.eos_id else entry for number, entry in added.items()
-            ]
+            entries = [{**entry, "special": True} if entry["id"] == self.eos_id else entry for entry in entries]
             definition = {**self.definition, "added_tokens": entries}
             return TextTokenizer.from_definition(definition, origin=origin, eos=self.eos_id)
         return self
@@ -326,7 +325,7 @@ def _alphabet(definition: dict[str, Any]) -> frozenset[str] | None:
 
 def _find_eos(tokenizer: Tokenizer, eos: str | int | None, *, origin: str) -> int:
     if isinstance(eos, int):
-        if eos < 0 or tokenizer.id_to_token(eos) is None:
+        if not 0 <= eos < 2**32 or tokenizer.id_to_token(eos) is None:
             raise UserError(f"{origin} has no token with the id {eos}, which was to end documents")
         return eos
     for wanted in COMMON_EOS if eos is None else (eos,):

@@ -43,8 +43,8 @@ def read_definition(path: Path) -> dict[str, Any]:
     if path.suffix == RANK_SUFFIX:
         return tiktoken_definition(path)
     try:
-        definition = json.loads(path.read_bytes())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        definition = _parsed(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise UserError(
             f"cannot read the tokenizer {path}: {error}; wanted a tokenizer.json, or a tiktoken rank file named "
             f"ENCODING{RANK_SUFFIX} (a SentencePiece model must be converted to a tokenizer.json first)"
@@ -52,6 +52,15 @@ def read_definition(path: Path) -> dict[str, Any]:
     if not isinstance(definition, dict) or "model" not in definition:
         raise UserError(f"{path} is not a tokenizer.json: it has no 'model'")
     return definition
+
+
+def _parsed(content: bytes) -> Any:
+    """Some JSON. Raises `ValueError` for what is none, NaN and Infinity included."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no number of JSON")
+
+    return json.loads(content, parse_constant=refuse)
 
 
 def hub_definition(name: str) -> dict[str, Any]:
@@ -62,7 +71,7 @@ def hub_definition(name: str) -> dict[str, Any]:
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
-        definition: dict[str, Any] = json.loads(_hub_file(name).read_bytes())
+        definition: dict[str, Any] = _parsed(_hub_file(name).read_bytes())
     except Exception as error:  # unknown name, no network, gated, damaged: many classes, two remedies
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             raise UserError(

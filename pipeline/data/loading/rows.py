@@ -142,13 +142,12 @@ class Concat:
         T = self.context_length
         starts = rows * T
         lengths = np.minimum(starts + T, self.split.n_tokens - 1) - starts
-        shape = (len(rows), T)
-        tokens, labels = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
-        found = self.split.ranges(starts, starts + lengths + 1)
-        for row, (length, ids) in enumerate(zip(lengths.tolist(), found, strict=True)):
-            tokens[row, :length], labels[row, :length] = ids[:-1], ids[1:]
-            if length < T:
-                tokens[row, length:], labels[row, length:] = 0, IGNORED
+        ids = np.empty((len(rows), T + 1), dtype=self.split.dtype)
+        for row, found in enumerate(self.split.ranges(starts, starts + lengths + 1)):
+            ids[row, : len(found)] = found
+        tokens, labels = ids[:, :-1].astype(np.int64), ids[:, 1:].astype(np.int64)
+        for row in np.flatnonzero(lengths < T).tolist():
+            tokens[row, lengths[row] :], labels[row, lengths[row] :] = 0, IGNORED
         if not documents:
             return Rows(tokens, labels, documents=None, positions=None)
         numbers = np.full((len(rows), T + 1), PADDING, dtype=np.int64)

@@ -96,7 +96,8 @@ class Place:
 
 def _pool(workers: int) -> ProcessPoolExecutor:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's: they idle, but not before they have spun for 0.1 s
-    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # large pages for the cache of words: 4 % faster
+    # large pages for the cache of words, where Linux gives them to those who ask (glibc 2.35 on): 4 % faster
+    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin_worker)
 
 
