@@ -234,3 +234,18 @@ def test_a_stream_that_breaks_fails_with_its_reason_and_a_full_disk_stops_all(tm
 
     with pytest.raises(OSError, match="No space left"):
         run(at_once, tmp_path, workers=1, units=[Unit(0, (), stream=True)], cut=full)
+
+
+def environment(names: tuple[str, ...]) -> list[str | None]:
+    time.sleep(0.2)  # long enough for the other worker to take one, too
+    return [os.environ.get(name) for name in names]
+
+
+def test_workers_have_an_environment_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "3")
+    names = ("GLIBC_TUNABLES", "OPENBLAS_NUM_THREADS")
+    with Place(2).open() as pool:
+        seen = [future.result() for future in [pool.submit(environment, names) for _ in range(4)]]
+    assert seen == [["glibc.malloc.hugetlb=1", "3"]] * 4
+    assert environment(names) == [None, "3"]

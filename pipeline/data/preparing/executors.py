@@ -16,7 +16,8 @@ from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExec
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from multiprocessing import get_context, parent_process
+from multiprocessing import parent_process
+from multiprocessing.context import SpawnContext, SpawnProcess
 from queue import SimpleQueue
 from threading import Event, Semaphore, Thread
 from typing import Any
@@ -27,6 +28,13 @@ from pipeline.errors import UserError
 
 DASK = "dask://"
 DASK_TIMEOUT = "20s"
+
+WORKER_ENVIRONMENT = {
+    "OPENBLAS_NUM_THREADS": "1",  # numpy's threads idle, but not before they have spun for 0.1 s
+    # large pages for the cache of words, where Linux gives them to those who ask (glibc 2.35 on): 4 % faster
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
+"""What workers find in their environment, unless the user has set it otherwise."""
 
 
 class InThisProcess(Executor):
@@ -94,11 +102,25 @@ class Place:
                     pool.submit(task, *args)
 
 
+class _Worker(SpawnProcess):
+    """A process with `WORKER_ENVIRONMENT`, which what else this one starts is spared."""
+
+    def start(self) -> None:
+        added = {name: value for name, value in WORKER_ENVIRONMENT.items() if name not in os.environ}
+        os.environ.update(added)
+        try:
+            super().start()
+        finally:
+            for name in added:
+                del os.environ[name]
+
+
+class _Workers(SpawnContext):
+    Process = _Worker
+
+
 def _pool(workers: int) -> ProcessPoolExecutor:
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's: they idle, but not before they have spun for 0.1 s
-    # large pages for the cache of words, where Linux gives them to those who ask (glibc 2.35 on): 4 % faster
-    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
-    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin_worker)
+    return ProcessPoolExecutor(workers, mp_context=_Workers(), initializer=_begin_worker)
 
 
 def open_place(executor: str | None, workers: int) -> Place:
