@@ -21,7 +21,7 @@ def write_durably(path: Path, content: bytes, *, writer: str = "") -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
+    except BaseException:  # Ctrl-C included
         temporary.unlink(missing_ok=True)
         raise
 
