@@ -249,7 +249,7 @@ def _split(files: Sequence[TokenFile], counter: TextCounter, *, start: int = 0, 
     return TokenSplit(
         parts,
         text_bytes=lambda: counter.total(parts),
-        dtype=np.result_type(*(file.seen_dtype for file in files)),
+        dtype=files[0].seen_dtype,
         unproven=counter.tokenizer.vocab_size,
     )
 
