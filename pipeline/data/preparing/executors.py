@@ -102,8 +102,8 @@ class Place:
                     pool.submit(task, *args)
 
 
-class _Worker(SpawnProcess):
-    """A process with `WORKER_ENVIRONMENT`, which what else this one starts is spared."""
+class _WorkerProcess(SpawnProcess):
+    """A process with `WORKER_ENVIRONMENT`; other processes that this one starts do not inherit it."""
 
     def start(self) -> None:
         added = {name: value for name, value in WORKER_ENVIRONMENT.items() if name not in os.environ}
@@ -115,12 +115,12 @@ class _Worker(SpawnProcess):
                 del os.environ[name]
 
 
-class _Workers(SpawnContext):
-    Process = _Worker
+class _WorkerContext(SpawnContext):
+    Process = _WorkerProcess
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(workers, mp_context=_Workers(), initializer=_begin_worker)
+    return ProcessPoolExecutor(workers, mp_context=_WorkerContext(), initializer=_begin_worker)
 
 
 def open_place(executor: str | None, workers: int) -> Place:
