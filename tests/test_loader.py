@@ -267,12 +267,3 @@ def test_leaving_ends_the_thread() -> None:
     with ahead_of(Scripted(seconds=0.02)) as ahead:
         next(iter(ahead))
     assert threading.active_count() == before
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_batches_are_ahead_on_cuda(dataset: Path) -> None:
-    loader, device = make_loader(dataset), torch.device("cuda")
-    with Prefetcher(loader, schedule=growing, first_step=1, device=device) as ahead:
-        for step, batch in zip(range(1, 40), ahead, strict=False):
-            assert all(part.labels.is_cuda for part in batch.micro_batches)
-            assert taught(batch) == taught(loader.batch(*growing(step)))

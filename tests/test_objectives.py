@@ -89,14 +89,3 @@ def test_types_are_the_models_and_nothing_is_copied_on_a_cpu() -> None:
         assert tensor.data_ptr() == getattr(rows, name).ctypes.data
     assert moved.labels.dtype == torch.int64
     assert moved.targets == batch.targets
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_batches_arrive_whole_on_cuda() -> None:
-    batch = causal(packed(documents=True), document_mask=True, cross_document_targets=True)
-    moved = batch.to(torch.device("cuda"))
-    assert moved.targets == batch.targets
-    assert moved.labels.is_cuda
-    assert torch.equal(moved.labels.cpu(), batch.labels)
-    for name, tensor in batch.inputs.items():
-        assert torch.equal(moved.inputs[name].cpu(), tensor)

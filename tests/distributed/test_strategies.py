@@ -585,29 +585,3 @@ def test_ranks_agree_on_the_smallest_micro_batch(worlds: dict[int, list[dict[Any
 def test_groups_of_ranks_that_cannot_be_are_refused(worlds: dict[int, list[dict[Any, Any]]]) -> None:
     for rank in two(worlds):
         assert "is 2 of 2 ranks; no number of them would; or use parallel.strategy fsdp" in rank["refused"]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="weights can be moved off a device only where there is one")
-def test_weights_in_host_memory_compute_the_same(dataset: Path) -> None:
-    (found,) = run_offloaded(dataset)
-    losses, norms, _ = reference(dataset)
-    assert found["losses"] == pytest.approx(losses, rel=1e-9)
-    assert found["norms"] == pytest.approx(norms, rel=1e-9)
-
-
-def run_offloaded(dataset: Path) -> list[dict[str, Any]]:
-    receiver, sender = FORKS.Pipe(duplex=False)
-    process = FORKS.Process(target=offloaded, args=(str(dataset), sender), daemon=True)
-    process.start()
-    found = receiver.recv() if receiver.poll(200) else "it hung"
-    process.join(20)
-    assert isinstance(found, dict), found
-    return [found]
-
-
-def offloaded(dataset: str, sender: Any) -> None:
-    try:
-        sender.send(Rank(Path(dataset), "cuda").run(settings("fsdp", parallel={"cpu_offload": True})))
-    except BaseException:
-        sender.send(traceback.format_exc())
-        raise
