@@ -8,11 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import ModelConfig
-from pipeline.model.layers import KVCache, Rotation, attend, causal_mask, sinusoid
+from pipeline.model.layers import (
+    KVCache,
+    Rotation,
+    _attend_with_mask_on_cuda,
+    attend,
+    causal_blocks,
+    causal_mask,
+    sinusoid,
+)
 from pipeline.model.transformer import Decoder, build_model, count_parameters, flops_per_token, initialise
 
 VOCABULARY = 70
@@ -70,6 +79,63 @@ def test_mask_is_causal_windowed_and_within_documents() -> None:
     mask = causal_mask(torch.arange(5)[None], torch.arange(5), window=2, documents=documents)[0, 0]
     expected = [[int(k <= t and t - k < 2 and documents[0, t] == documents[0, k]) for k in range(5)] for t in range(5)]
     assert mask.int().tolist() == expected
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_blocks_allow_what_the_mask_allows(window: int | None, with_documents: bool) -> None:
+    time = 300  # no multiple of a block
+    documents = (torch.rand(2, time, generator=torch.Generator().manual_seed(1)) < 0.02).cumsum(1)
+    given = documents if with_documents else None
+    positions = torch.arange(time)[None]
+    expected = causal_mask(positions, positions[0], window=window, documents=given).expand(2, -1, -1, -1)
+    blocks = causal_blocks(time=time, window=window, documents=given, device=torch.device("cpu"))
+    rows, queries = torch.arange(2)[:, None, None], torch.arange(time)[:, None]
+    found = blocks.mask_mod(rows, torch.tensor(0), queries, torch.arange(time)).expand(2, -1, -1)
+    assert torch.equal(found, expected[:, 0])
+    # a block that is left out holds nothing that is allowed, and one that is taken whole nothing that is not
+    dense = blocks.to_dense()[:, 0].bool().expand(2, -1, -1)
+    tiled = F.pad(expected[:, 0], (0, 84, 0, 84)).view(2, 3, 128, 3, 128)
+    assert torch.equal(dense, tiled.any(dim=4).any(dim=2))
+
+
+def test_attention_by_blocks_is_attention_with_the_mask() -> None:
+    """FlexAttention's own arithmetic, without its kernel: forward alone, as a CPU has no more of it."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 130, 16), torch.randn(2, 2, 130, 16), torch.randn(2, 2, 130, 16)
+    documents = (torch.rand(2, 130) < 0.05).cumsum(1)
+    positions = torch.arange(130)[None]
+    mask = causal_mask(positions, positions[0], window=50, documents=documents)
+    blocks = causal_blocks(time=130, window=50, documents=documents, device=torch.device("cpu"))
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():
+        found = attend(q, k, v, mask=blocks, dropout=0.0)
+    torch.testing.assert_close(found, attend(q, k, v, mask=mask, dropout=0.0), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("time", [1, 5])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_shared_keys_with_a_mask_as_on_cuda(time: int, kv_heads: int) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 4, time, 8), torch.randn(3, kv_heads, 9, 8), torch.randn(3, kv_heads, 9, 8)
+    allowed = torch.rand(3, 1, time, 9) < 0.6
+    allowed[..., 0] = True
+    found = _attend_with_mask_on_cuda(q, k, v, mask=allowed, dropout=0.0)
+    torch.testing.assert_close(found.double(), naive_attention(q, k, v, allowed), atol=1e-6, rtol=1e-5)
+
+
+def test_surplus_rows_of_the_embedding_add_nothing_to_the_loss() -> None:
+    """On CUDA their logits are masked and not cut off."""
+    x, labels = torch.randn(2, 24, 32), tokens(2).flatten()
+    losses, gradients = [], []
+    for way in ("logits", "_whole_logits"):
+        model = make(vocab_size=128, logit_soft_cap=15.0)
+        loss = F.cross_entropy(getattr(model, way)(x).flatten(0, 1), labels, reduction="sum")
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(model.embedding.tokens.weight.grad)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert not gradients[1][VOCABULARY:].any()
 
 
 def test_rotation_turns_pairs_by_their_angle() -> None:

@@ -11,10 +11,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from pipeline.config import ModelConfig
 
@@ -128,13 +132,13 @@ class KVCache:
 class Sight:
     """What one layer may look at; made by the stack, so that all layers of one window run the same compiled code.
 
-    mask: a boolean (B or 1, 1, T, K), true where attention is allowed; None means plain causal attention, for
-    which kernels need no mask.
+    mask: a boolean (B or 1, 1, T, K), true where attention is allowed, or blocks for FlexAttention; None means plain
+    causal attention, for which kernels need no mask.
     """
 
     positions: Tensor
     rotation: Rotation | None
-    mask: Tensor | None
+    mask: Tensor | BlockMask | None
     cache: LayerCache | None
     visible: int
 
@@ -150,8 +154,38 @@ def causal_mask(positions: Tensor, key_positions: Tensor, *, window: int | None,
     return allowed.unsqueeze(1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, dropout: float) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v with a causal or given mask; (B, H, T, D) with k, v (B, G, K, D) -> (B, H, T, D)."""
+def causal_blocks(*, time: int, window: int | None, documents: Tensor | None, device: torch.device) -> BlockMask:
+    """`causal_mask` of whole rows as blocks of 128 x 128, so that attention skips what is masked (arXiv:2412.05496).
+
+    documents: (B, T), or None for one mask of all rows.
+    """
+
+    def allowed(row: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen = query >= key
+        if window is not None:
+            seen = seen & (query - key < window)
+        if documents is not None:
+            seen = seen & (documents[row, query] == documents[row, key])
+        return seen
+
+    rows = None if documents is None else len(documents)
+    return create_block_mask(allowed, rows, None, time, time, device=device)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | BlockMask | None, dropout: float) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v with a causal or given mask; (B, H, T, D) with k, v (B, G, K, D) -> (B, H, T, D).
+
+    Blocks are for CUDA, where FlexAttention has a backward pass, and without dropout, which it does not know.
+    """
+    if isinstance(mask, BlockMask):
+        assert dropout == 0.0, "FlexAttention has no dropout: such layers get a boolean mask"
+        # within a compiled block it becomes part of it; alone it would compute without its kernel
+        flex: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+        # a norm may have left queries and keys in float32
+        mixed: Tensor = flex(q.to(v.dtype), k.to(v.dtype), v, block_mask=mask, enable_gqa=k.shape[1] != q.shape[1])
+        return mixed
+    if mask is not None and q.device.type == "cuda":
+        return _attend_with_mask_on_cuda(q, k, v, mask=mask, dropout=dropout)
     # Measured on an AVX-512 BF16 CPU: for short sequences in bf16 plain matrix products take a quarter to
     # two thirds of the time of PyTorch's fused kernel, which computes in float32 there.
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 512:
@@ -159,6 +193,28 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, dropout: flo
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, enable_gqa=k.shape[1] != q.shape[1]
     )
+
+
+@cache
+def _compiled_flex_attention() -> Any:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _attend_with_mask_on_cuda(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor, dropout: float) -> Tensor:
+    """Without cuDNN, which makes a new plan for each number of keys: decoding would wait for one at every token.
+
+    No other fused kernel takes both a mask and shared keys: the H / G heads that share them become rows of queries
+    where there is one query, else the keys are repeated.
+    """
+    rows, heads, time, width = q.shape
+    shared = k.shape[1]
+    if time == 1:
+        q = q.reshape(rows, shared, heads // shared, width)  # (B, H, 1, D) -> (B, G, H / G, D)
+    elif shared != heads:
+        k, v = (x.repeat_interleave(heads // shared, dim=1) for x in (k, v))
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    return mixed.reshape(rows, heads, time, width)
 
 
 def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, dropout: float) -> Tensor:

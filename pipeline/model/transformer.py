@@ -8,16 +8,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from pipeline.config import ModelConfig
-from pipeline.model.layers import MLP, Attention, KVCache, Rotation, Sight, build_norm, causal_mask, sinusoid
+from pipeline.model.layers import (
+    MLP,
+    Attention,
+    KVCache,
+    Rotation,
+    Sight,
+    build_norm,
+    causal_blocks,
+    causal_mask,
+    sinusoid,
+)
 from pipeline.seeds import named_seed
 
 DRAWN_AT_ONCE = 1 << 16  # initial values: a stream costs about 10 us to start, as much as some thousand values
+_DRAWERS = 8  # threads that draw them: the copies to their place would keep no more busy
+FLEX_WIDTH = 16  # the narrowest head that FlexAttention takes
 
 
 class Block(nn.Module):
@@ -69,14 +83,18 @@ class Stack(nn.Module):
         self, x: Tensor, *, positions: Tensor, documents: Tensor | None, cache: KVCache | None, visible: int
     ) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        sights = self._sights(positions, documents=documents, cache=cache, visible=visible)
+        # FlexAttention has no backward pass on a CPU, and knows neither dropout nor float64
+        dropout = self.training and self.config.dropout > 0
+        by_blocks = x.device.type == "cuda" and x.dtype != torch.float64 and not dropout and cache is None
+        by_blocks = by_blocks and self.config.head_dim >= FLEX_WIDTH
+        sights = self._sights(positions, documents=documents, cache=cache, visible=visible, by_blocks=by_blocks)
         for block, sight in zip(self.blocks, sights, strict=True):
             x = block(x, sight)
         x = self.final_norm(x)
         return x
 
     def _sights(
-        self, positions: Tensor, *, documents: Tensor | None, cache: KVCache | None, visible: int
+        self, positions: Tensor, *, documents: Tensor | None, cache: KVCache | None, visible: int, by_blocks: bool
     ) -> list[Sight]:
         """One for each layer; what layers have in common is computed once."""
         config = self.config
@@ -86,10 +104,15 @@ class Stack(nn.Module):
         keys = torch.arange(visible, device=positions.device)  # (K,)
         # Positions of packed rows begin again with each document; what is earlier is told by the place in the row.
         places = keys[None] if cache is None else positions  # (B or 1, T)
-        masks: dict[int | None, Tensor | None] = {}
+        masks: dict[int | None, Tensor | BlockMask | None] = {}
         for window in set(config.windows):
             plain = cache is None and documents is None and (window is None or window >= visible)
-            masks[window] = None if plain else causal_mask(places, keys, window=window, documents=documents)
+            if plain:
+                masks[window] = None
+            elif by_blocks:
+                masks[window] = causal_blocks(time=visible, window=window, documents=documents, device=positions.device)
+            else:
+                masks[window] = causal_mask(places, keys, window=window, documents=documents)
         caches = [cache.layer(layer) if cache is not None else None for layer in range(config.n_layers)]
         return [
             Sight(positions, rotation, mask=masks[window], cache=part, visible=visible)
@@ -165,17 +188,30 @@ class Decoder(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """What the stream says of the next token: (B, T, C) -> (B, T, V)."""
-        weight = self.embedding.tokens.weight if self.head is None else self.head.weight
-        logits = F.linear(x, weight)[..., : self.n_tokens]  # (B, T, rows) -> (B, T, V)
-        if self.config.logit_soft_cap is not None:
-            logits = self.config.logit_soft_cap * torch.tanh(_exact(logits) / self.config.logit_soft_cap)
-        return logits
+        return self._capped(self._scores(x)[..., : self.n_tokens])  # (B, T, rows) -> (B, T, V)
 
     def nats(self, x: Tensor, labels: Tensor) -> Tensor:
         """The summed cross-entropy of labels (B, T) given the stream (B, T, C)."""
+        # On a CPU surplus rows are cut off at no cost. On CUDA a compiled kernel reads whole rows of an even length
+        # several times as fast as rows cut to, say, 50,257.
+        logits = self._whole_logits(x) if x.device.type == "cuda" else self.logits(x)
         # a bf16 log-sum-exp over a large vocabulary would cost the loss its third digit
-        logits = _exact(self.logits(x)).flatten(0, 1)  # (B, T, V) -> (B T, V)
-        return F.cross_entropy(logits, labels.flatten(), reduction="sum")
+        return F.cross_entropy(_exact(logits).flatten(0, 1), labels.flatten(), reduction="sum")
+
+    def _whole_logits(self, x: Tensor) -> Tensor:
+        """(B, T, rows of the embedding): those of surplus rows are -inf, which adds nothing to a softmax."""
+        scores = self._capped(self._scores(x))
+        surplus = torch.arange(scores.shape[-1], device=x.device) >= self.n_tokens
+        return scores.masked_fill(surplus, -math.inf)
+
+    def _scores(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, rows of the embedding)."""
+        weight = self.embedding.tokens.weight if self.head is None else self.head.weight
+        return F.linear(x, weight)
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        cap = self.config.logit_soft_cap
+        return logits if cap is None else cap * torch.tanh(_exact(logits) / cap)
 
 
 def _exact(x: Tensor) -> Tensor:
@@ -215,24 +251,30 @@ def initialise(model: Decoder, *, seed: int, held: Held = all_rows) -> None:
     the rest of the first and last block.
     """
     config = model.config
-    for name, parameter in model.named_parameters():
-        values, rows = held(parameter)
-        if parameter.dim() == 1:
-            values.fill_(1.0 if name.endswith("weight") else 0.0)
-            continue
-        into_stream = name.endswith(("attention.out.weight", "mlp.down.weight"))
-        std = config.init_std / math.sqrt(2 * config.n_layers) if into_stream else config.init_std
-        for part, drawn in _normal(rows, columns=parameter.shape[1], name=("init", name), seed=seed):
-            values[part.start - rows.start : part.stop - rows.start] = (drawn * std).to(values)
+    with ThreadPoolExecutor(min(torch.get_num_threads(), _DRAWERS)) as pool:
+        for name, parameter in model.named_parameters():
+            values, rows = held(parameter)
+            if parameter.dim() == 1:
+                values.fill_(1.0 if name.endswith("weight") else 0.0)
+                continue
+            into_stream = name.endswith(("attention.out.weight", "mlp.down.weight"))
+            std = config.init_std / math.sqrt(2 * config.n_layers) if into_stream else config.init_std
+            for part, drawn in _normal(rows, columns=parameter.shape[1], name=("init", name), seed=seed, pool=pool):
+                values[part.start - rows.start : part.stop - rows.start] = (drawn * std).to(values)
 
 
-def _normal(rows: range, *, columns: int, name: tuple[str, str], seed: int) -> Iterator[tuple[range, Tensor]]:
+def _normal(
+    rows: range, *, columns: int, name: tuple[str, str], seed: int, pool: ThreadPoolExecutor
+) -> Iterator[tuple[range, Tensor]]:
     """Standard normal values (n, columns) of `rows`, in pieces; always drawn in float32 and in whole blocks."""
     block = max(DRAWN_AT_ONCE // columns, 1)
-    for first in range(rows.start // block * block, rows.stop, block):
+
+    def draw(first: int) -> tuple[range, Tensor]:
         stream = torch.Generator().manual_seed(named_seed(seed, *name, first // block))
         part = range(max(first, rows.start), min(first + block, rows.stop))
-        yield part, torch.randn(block, columns, generator=stream)[part.start - first : part.stop - first]
+        return part, torch.randn(block, columns, generator=stream)[part.start - first : part.stop - first]
+
+    return pool.map(draw, range(rows.start // block * block, rows.stop, block))
 
 
 def count_parameters(model: nn.Module) -> int:
