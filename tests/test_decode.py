@@ -20,6 +20,7 @@ from transformers import (
 from pipeline.config import ModelConfig
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.errors import UserError
+from pipeline.generate import decode
 from pipeline.generate.decode import Options, Token, generate, to_bf16, window_start
 from pipeline.generate.logits import draw, heat, keep_min_p, keep_top_k, keep_top_p, penalise_repetition
 from pipeline.generate.text import Piece, RowText, finished, write
@@ -51,6 +52,22 @@ def ids(model: Decoder, prompts: Sequence[Sequence[int]], **options: Any) -> Ids
         assert token.id is not None
         made.setdefault((token.prompt, token.sample), []).append(token.id)
     return made
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_a_step_in_fixed_tensors_reads_the_same(family: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CUDA replays as a graph: rows that ended are still computed, and more keys are visible than there are."""
+    model = make_model(**family)
+    expected = ids(model, PROMPTS, num_samples=2, temperature=0.7)
+    made = decode._Reader.__init__
+
+    def fixed(reader: Any, *arguments: Any, **options: Any) -> None:
+        made(reader, *arguments, **options)
+        reader.step = decode.FixedStep(reader.model, reader.cache)
+
+    monkeypatch.setattr(decode._Reader, "__init__", fixed)
+    monkeypatch.setattr(decode, "KEYS_AT_ONCE", 5)
+    assert ids(model, PROMPTS, num_samples=2, temperature=0.7) == expected
 
 
 @pytest.fixture(scope="module")

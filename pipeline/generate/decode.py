@@ -25,6 +25,7 @@ from pipeline.model.layers import KVCache
 from pipeline.model.transformer import Decoder
 from pipeline.seeds import named_seed
 
+KEYS_AT_ONCE = 128  # visible keys on CUDA are a multiple of this: a handful of graphs, and aligned masks
 Finish = Literal["eos", "stop", "length"]
 Until = Callable[[int, int, int], bool]
 
@@ -202,6 +203,60 @@ def _choose(logits: Tensor, rows: Sequence[_Row], *, options: Options) -> list[i
     return [int(token) for token in draw(logits, uniforms=uniforms.to(logits.device)).tolist()]
 
 
+class FixedStep:
+    """The model on one token per row, in tensors that stay where they are, so that CUDA can replay it as a graph.
+
+    A step of a small model is some three hundred kernels of a few microseconds each: launched one by one they take ten
+    times as long as replayed. There is one graph for each of a handful of numbers of visible keys. All rows of `cache`
+    are computed every time, also those that nobody asks for any more; what those hold is never looked at.
+    """
+
+    def __init__(self, model: Decoder, cache: KVCache) -> None:
+        self.model, self.cache = model, cache
+        rows, self.capacity = cache.keys.shape[1], cache.keys.shape[3]
+        self.tokens = torch.zeros((rows, 1), dtype=torch.int64, device=cache.keys.device)
+        self.positions = torch.zeros_like(self.tokens)
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def logits(self, tokens: Sequence[int], places: Sequence[int]) -> Tensor:
+        """For the first rows of the cache, of which these are the newest tokens and their positions: (B, V)."""
+        count = len(tokens)
+        self.tokens[:count, 0] = torch.tensor(tokens, device=self.tokens.device)
+        self.positions[:count, 0] = torch.tensor(places, device=self.tokens.device)
+        visible = min(-(-(max(places) + 1) // KEYS_AT_ONCE) * KEYS_AT_ONCE, self.capacity)
+        if self.tokens.device.type != "cuda":
+            return self._run(visible)[:count, 0]
+        if visible not in self._graphs:
+            self._graphs[visible] = self._captured(visible)
+        graph, logits = self._graphs[visible]
+        graph.replay()
+        return logits[:count, 0]
+
+    def _run(self, visible: int) -> Tensor:
+        with decoding_precision(self.model):
+            logits: Tensor = self.model(self.tokens, positions=self.positions, cache=self.cache, visible=visible)
+        return logits
+
+    def _captured(self, visible: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        current = torch.cuda.current_stream()
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):
+            self._run(visible)  # libraries set themselves up at their first call, which may not be captured
+        current.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self._run(visible)
+        return graph, logits
+
+
+def decoding_precision(model: Decoder) -> torch.autocast:
+    """Norms and positions of a bf16 model compute in float32; autocast joins them to its matrices."""
+    weight = model.embedding.tokens.weight
+    bf16 = weight.dtype == torch.bfloat16
+    return torch.autocast(weight.device.type, dtype=torch.bfloat16, enabled=bf16, cache_enabled=False)
+
+
 class _Reader:
     """Runs the model over the windows of rows; owns the cache, whose row i belongs to `rows[i]`."""
 
@@ -211,8 +266,11 @@ class _Reader:
         self.device, self.dtype = weight.device, weight.dtype
         self.context = model.config.context_length
         self.cache: KVCache | None = None
+        self.step: FixedStep | None = None
         if use_cache:
             self.cache = self._new_cache(rows=len(rows), capacity=min(self.context, max(row.limit for row in rows)))
+            if self.device.type == "cuda":
+                self.step = FixedStep(model, self.cache)
 
     @torch.inference_mode()
     def logits(self, rows: Sequence[_Row]) -> Tensor:
@@ -225,11 +283,13 @@ class _Reader:
         self._prefill([rows[index].tokens[starts[index] : -1] for index in stale], into=stale)
         for index in stale:
             rows[index].cached_from = starts[index]
-        newest = torch.tensor([[row.tokens[-1]] for row in rows], device=self.device)  # (B, 1)
+        newest = [row.tokens[-1] for row in rows]
         places = [len(row.tokens) - 1 - start for row, start in zip(rows, starts, strict=True)]
-        positions = torch.tensor(places, device=self.device)[:, None]  # (B,) -> (B, 1)
-        with self._precision():
-            logits: Tensor = self.model(newest, positions=positions, cache=self.cache, visible=max(places) + 1)
+        if self.step is not None:
+            return self.step.logits(newest, places).float()
+        tokens, positions = (torch.tensor(numbers, device=self.device)[:, None] for numbers in (newest, places))
+        with decoding_precision(self.model):
+            logits: Tensor = self.model(tokens, positions=positions, cache=self.cache, visible=max(places) + 1)
         return logits[:, 0].float()
 
     def drop(self, index: int, rows: list[_Row]) -> None:
@@ -241,7 +301,8 @@ class _Reader:
             for name in ("keys", "values"):
                 store: Tensor = getattr(self.cache, name)  # (L, B, G, S, D)
                 store[:, index] = store[:, len(rows)].clone()
-                setattr(self.cache, name, store[:, : len(rows)])
+                if self.step is None:
+                    setattr(self.cache, name, store[:, : len(rows)])
 
     def _prefill(self, windows: list[list[int]], *, into: list[int]) -> None:
         """Put the keys and values of `windows` at the start of the cache's rows `into`; equal windows are run once."""
@@ -261,13 +322,9 @@ class _Reader:
         longest = max(map(len, windows))
         padded = torch.tensor([[*window, *[0] * (longest - len(window))] for window in windows], device=self.device)
         last = torch.tensor([max(len(window) - 1, 0) for window in windows], device=self.device)
-        with self._precision():
+        with decoding_precision(self.model):
             logits: Tensor = self.model(padded, cache=cache, last=last)  # (B, 1, V)
         return logits[:, 0].float()
-
-    def _precision(self) -> torch.autocast:
-        # norms and positions of a bf16 model compute in float32; autocast joins them to its matrices
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def _new_cache(self, *, rows: int, capacity: int) -> KVCache:
         return KVCache(self.model.config, rows=rows, capacity=capacity, dtype=self.dtype, device=self.device)
