@@ -73,6 +73,7 @@ def pretrain(config: Config, data: TrainingData, runtime: Runtime) -> None:
     needs = run.store.requirements(state, model=parallel.model, optimizer=optimizer)
     if state.step < config.total_steps:
         announce(config, state, parallel=parallel, loader=loader, data=data, blend=blend, needs=needs, runtime=runtime)
+        run.store.reserve(model=parallel.model, optimizer=optimizer)
     with run.store.completing():
         while state.step < config.total_steps:  # once, but for spikes that the run goes back from
             schedule, first = state.rows_of, state.step + 1

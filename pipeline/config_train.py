@@ -36,9 +36,12 @@ class TrainConfig(Section):
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What of a block is computed again in the backward pass, to save memory. selective: all but matrix products and
     attention. full: everything; about a third more work."""
-    precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"] = "auto"
+    precision: Literal["auto", "bf16", "fp16", "tf32", "fp32", "fp64"] = "auto"
     """Arithmetic of the forward and backward pass. auto: bf16 where the device computes it natively, else fp32.
-    fp64: everything in float64, for proofs on a CPU."""
+    tf32: float32 with matrix products rounded to 10 bits, on CUDA. fp64: everything in float64, for proofs on a CPU."""
+    residual: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the residual stream, with precision bf16. bf16: faster on CUDA, where moving it costs the most; the
+    loss changes by its rounding."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA when present."""
     compile: bool = False

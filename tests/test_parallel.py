@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.model.transformer import Decoder, build_model, count_parameters, initialise
 from pipeline.train import micro_batch, parallel
 from pipeline.train.memory import activation_bytes, bytes_needed, model_sizes
-from pipeline.train.micro_batch import evened, find_micro_batch, largest, with_micro_batch
+from pipeline.train.micro_batch import evened, find_micro_batch, with_micro_batch
 from pipeline.train.parallel import adapt_blocks, choose, parallelise
 from pipeline.train.runtime import Runtime
 
@@ -252,20 +253,6 @@ def test_a_compiled_model_computes_what_the_plain_one_does() -> None:
 # --- the size of a micro-batch
 
 
-def test_the_search_finds_the_largest_that_fits_with_few_questions() -> None:
-    for most in range(1, 40):
-        for limit in range(45):
-            asked: list[int] = []
-
-            def fits(n: int, limit: int = limit, asked: list[int] = asked) -> bool:
-                asked.append(n)
-                return n <= limit
-
-            assert largest(fits, most=most) == min(limit, most)
-            assert len(asked) == len(set(asked)) <= 12
-            assert max(asked) <= most
-
-
 def test_micro_batches_are_evened_out() -> None:
     assert [evened(size, most=64) for size in (64, 63, 50, 32, 31, 1)] == [64, 32, 32, 32, 22, 1]
     for most in range(1, 30):
@@ -307,6 +294,41 @@ def test_auto_finds_what_fits_and_leaves_no_trace(dataset: Path) -> None:
     settled = with_micro_batch(config, made, data=opened, runtime=runtime)
     assert settled.train.micro_batch == 12  # this machine has the memory
     assert settled.model_copy(update={"train": config.train}) == config
+
+
+def test_more_logits_than_31_bits_count_are_refused_on_cuda(dataset: Path) -> None:
+    """40 x 1,024 x 50,304 logits are below 2^31, 42 are not. Also: one sequence is never too many."""
+    config = settings(data={"path": str(dataset)}, model={"context_length": 1024, "vocab_size": 50_304},
+                      train={"micro_batch": 42, "batch_tokens": 1024 * 84})  # fmt: skip
+    assert micro_batch.most_rows(config, n_tokens=257) == 41
+    assert micro_batch.most_rows(settings(model={"context_length": 65_536, "vocab_size": 50_304},
+                                          train={"batch_tokens": 65_536}), n_tokens=257) == 1  # fmt: skip
+    opened = open_sources(config)
+    runtime = Runtime.start(config)
+    made = parallelise(settings(), n_tokens=opened.vocab_size, runtime=runtime)
+    on_cuda = dataclasses.replace(runtime, device=torch.device("cuda"))
+    with pytest.raises(UserError, match=r"micro_batch is 42, but .* that is 41 sequences; lower it to 28"):
+        with_micro_batch(config, made, data=opened, runtime=on_cuda)
+    assert with_micro_batch(config, made, data=opened, runtime=runtime) == config
+
+
+def test_a_rounded_residual_stream_changes_the_loss_a_little() -> None:
+    losses = {}
+    for residual in ("fp32", "bf16"):
+        config = settings(train={"precision": "bf16", "residual": residual})
+        runtime = Runtime.start(config)
+        made = parallelise(config, n_tokens=70, runtime=runtime)
+        with runtime.autocast():
+            losses[residual] = made.forward(tokens=tokens(3), labels=tokens(3)).item()
+        stream = made.model.embedding(tokens(3), torch.zeros(1, 1, dtype=torch.int64))
+        assert stream.dtype == (torch.bfloat16 if residual == "bf16" else torch.float32)
+    assert losses["fp32"] != losses["bf16"] == pytest.approx(losses["fp32"], rel=5e-3)
+
+
+def test_a_rounded_residual_stream_needs_bf16() -> None:
+    config = settings(train={"precision": "fp32", "residual": "bf16"})
+    with pytest.raises(UserError, match=r"residual bf16 goes with train\.precision bf16"):
+        parallelise(config, n_tokens=70, runtime=Runtime.start(config))
 
 
 def test_auto_is_refused_with_dropout() -> None:

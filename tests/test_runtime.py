@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch._inductor import config as inductor
 
 from pipeline.config import Config
 from pipeline.errors import UserError
@@ -93,3 +94,23 @@ def test_a_device_that_is_not_there_is_refused(config: Config) -> None:
     wanting = Config.model_validate({**config.model_dump(), "train": {**config.train.model_dump(), "device": "cuda"}})
     with pytest.raises(UserError, match="finds no CUDA device"):
         Runtime.start(wanting)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "tf32"])
+def test_arithmetic_that_a_cpu_lacks_is_refused(config: Config, precision: str) -> None:
+    train = config.train.model_copy(update={"precision": precision})
+    with pytest.raises(UserError, match=f"train.precision {precision} needs CUDA"):
+        Runtime.start(config.model_copy(update={"train": train}))
+
+
+def test_deterministic_settings_reach_the_compiler(config: Config) -> None:
+    train = config.train.model_copy(update={"deterministic": True})
+    try:
+        Runtime.start(config.model_copy(update={"train": train})).stop()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert inductor.deterministic
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(False)
+        inductor.deterministic = False
+        torch.utils.deterministic.fill_uninitialized_memory = True

@@ -55,19 +55,21 @@ def _accumulates(config: Config, ranks: int) -> bool:
 def activation_bytes(config: Config, *, n_tokens: int, precision: torch.dtype) -> int:
     """What one sequence keeps for the backward pass, the logits' gradient included: an estimate.
 
-    Per token and layer without checkpointing, with w bytes in matrix products and e elsewhere (4, or 8 in float64):
-    2 e C inputs of norms, w (5 C + 2 G D + 2 F) inputs and outputs of products and of attention, twice F more for a
-    gated MLP. Logits: V in w, and three times in e: exact, normalised, and their gradient.
+    Per token and layer without checkpointing, with w bytes in matrix products, e elsewhere (4, or 8 in float64) and s
+    in the residual stream (e, or w with train.residual bf16): 2 s C inputs of norms, w (5 C + 2 G D + 2 F) inputs and
+    outputs of products and of attention, twice F more for a gated MLP. Logits: V in w, and three times in e: exact,
+    normalised, and their gradient.
     """
     model = config.model
     e, w = _widths(precision)
+    s = w if config.train.residual == "bf16" else e
     width, hidden, keys = model.d_model, model.hidden, model.kv_heads * model.head_dim
     matrices = 2 if model.mlp == "swiglu" else 1
-    full = 2 * e * width + w * (5 * width + 2 * keys + 2 * matrices * hidden)
+    full = 2 * s * width + w * (5 * width + 2 * keys + 2 * matrices * hidden)
     per_layer = {
         "none": full,
-        "selective": e * width + w * (4 * width + 2 * keys + matrices * hidden),
-        "full": e * width,
+        "selective": s * width + w * (4 * width + 2 * keys + matrices * hidden),
+        "full": s * width,
     }[config.train.activation_checkpointing]
     again = 0 if config.train.activation_checkpointing == "none" else full  # the block that is being recomputed
     logits = n_tokens * (3 * e + (w if w < e else 0))

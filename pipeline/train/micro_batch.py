@@ -2,15 +2,17 @@
 
 In: a model ready to train, and a way to get batches. Out: a number of sequences, the same on every rank.
 
-Memory is measured, with the real model on real rows, for half a sequence and for a whole one; what grows between them
-grows in proportion. On CUDA without sharding larger ones are then tried, and running out of memory is the answer no.
-Under FSDP a rank that ran out would leave the others waiting in an exchange, so there the measured proportion decides.
+Memory is measured with the real model on real rows and grows in proportion: on CUDA, in the program that will run
+(compiled or not), for one sequence and for two; on a CPU for half a sequence and for a whole one. On CUDA without
+sharding the size found is then tried, and made smaller while memory runs out. Under FSDP a rank that ran out would
+leave the others waiting in an exchange, so there the proportion decides.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -27,12 +29,23 @@ from pipeline.train.runtime import Runtime
 
 FILLED = 0.9  # of what is free: sizes of later allocations differ, and leave gaps
 MOMENTS = 2  # of AdamW, not there yet
+MOST_LOGITS = 2**31 - 1  # kernels that count further are slower, or wrong (pytorch/pytorch#85786)
 _LESS_MEMORY = "use train.activation_checkpointing full, parallel.strategy fsdp or a shorter model.context_length"
 
 
 def with_micro_batch(config: Config, parallel: Parallel, *, data: TrainingData, runtime: Runtime) -> Config:
-    """The settings with a number for `train.micro_batch`: what it was, or for auto the largest that fits."""
+    """The settings with a number for `train.micro_batch`: what it was, or for auto the largest that fits.
+
+    Errors: on CUDA, more logits than kernels count right.
+    """
     if config.train.micro_batch != "auto":
+        most = most_rows(config, n_tokens=parallel.model.n_tokens)
+        if runtime.device.type == "cuda" and config.train.micro_batch > most:
+            raise UserError(
+                f"train.micro_batch is {config.train.micro_batch}, but CUDA kernels count logits by 31 bits, and with "
+                f"model.context_length {config.model.context_length} that is {most} sequences; "
+                f"lower it to {evened(most, most=config.ramp_of_rows.full)}, or use auto"
+            )
         return config
     blend = data.blend([Phase(row=0, sources=data.described())])
 
@@ -61,42 +74,29 @@ def find_micro_batch(
     """
     trial = _Trial(parallel, config, runtime, loader_of)
     room = trial.room(free)
-    with torch.random.fork_rng(devices=trial.devices), torch.compiler.set_stance("force_eager"):
-        context = config.model.context_length
-        half = trial.bytes(max(context // 2, 1))
-        one = trial.bytes(context)
-        more = 2 * (one - half)  # of a further sequence; too much, where attention takes the square of the length
+    with torch.random.fork_rng(devices=trial.devices), trial.stance():
+        one, more = trial.growth()
 
         def needed(size: int) -> int:
             return one + more * (size - 1) + (trial.waiting if size < trial.most else 0)
 
-        def fits(size: int) -> bool:
-            if runtime.any(needed(size) > room):
-                return False
-            return not trial.can_run_out or not runtime.any(not trial.succeeds(size))
-
         # all rows at once may fit where half of them do not: then no gradients wait for others
-        found = trial.most if fits(trial.most) else largest(fits, most=trial.most - 1)
+        found = trial.most
+        if runtime.any(needed(found) > room):
+            found = bisect_left(range(1, trial.most), True, key=lambda size: runtime.any(needed(size) > room))
+        while trial.can_run_out and found > 0 and runtime.any(not trial.succeeds(found)):
+            found -= max(found // 8, 1)
     if found == 0:
         raise UserError(
-            f"train.micro_batch auto: one sequence of {context} tokens takes {sized(needed(1))}, but "
-            f"{sized(max(room, 0))} are free for it on rank {runtime.rank}; {_LESS_MEMORY}"
+            f"train.micro_batch auto: one sequence of {config.model.context_length} tokens takes {sized(needed(1))}, "
+            f"but {sized(max(room, 0))} are free for it on rank {runtime.rank}; {_LESS_MEMORY}"
         )
     return evened(found, most=trial.most)
 
 
-def largest(fits: Callable[[int], bool], *, most: int) -> int:
-    """The largest n in [0, most] for which `fits(n)`, which must then hold for all below it: doubling, then halving."""
-    low, high, asked = 0, most + 1, 1  # `low` fits, `high` does not
-    while asked < high:
-        if fits(asked):
-            low, asked = asked, 2 * asked
-        else:
-            high = asked
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+def most_rows(config: Config, *, n_tokens: int) -> int:
+    """Sequences of a micro-batch whose logits can be counted by 31 bits; at least 1."""
+    return max(MOST_LOGITS // (config.model.context_length * config.model.embedding_rows(n_tokens)), 1)
 
 
 def evened(size: int, *, most: int) -> int:
@@ -118,6 +118,8 @@ class _Trial:
         ramp = config.ramp_of_rows
         rows = max(ramp.full, *(rows for _, rows in ramp.stages), 1)
         self.most = -(-rows // runtime.world_size)
+        if self.on_cuda:
+            self.most = min(self.most, most_rows(config, n_tokens=parallel.model.n_tokens))
         # FSDP holds whole gradients until the last micro-batch of a step, where it sums them over ranks
         waits = parallel.strategy in ("fsdp", "hsdp") and not parallel.sync_every_micro_batch
         self.waiting = sum(parameter.nbytes for parameter in parallel.model.parameters()) if waits else 0
@@ -129,14 +131,30 @@ class _Trial:
             raise UserError("train.micro_batch auto: this system does not tell how much memory is free; give a number")
         return int(FILLED * known) - (MOMENTS if self.on_cuda else MOMENTS + 1) * self.held
 
-    def bytes(self, tokens: int) -> int:
-        """What a pass over the first `tokens` of a sequence takes at its peak: measured on CUDA, estimated on a CPU."""
+    def stance(self) -> AbstractContextManager[object]:
+        """Compiled programs take other memory; where it is estimated from what autograd keeps, none is compiled."""
+        return nullcontext() if self.on_cuda else torch.compiler.set_stance("force_eager")
+
+    def growth(self) -> tuple[int, int]:
+        """Bytes that one sequence takes at its peak, and each further one."""
         if self.on_cuda:
+            one = self._measured(1)
+            return one, self._measured(2) - one
+        context = self.config.model.context_length
+        half, one = self._estimated(max(context // 2, 1)), self._estimated(context)
+        return one, 2 * (one - half)  # too much, where attention takes the square of the length
+
+    def _measured(self, size: int) -> int:
+        """On CUDA: the peak of a pass, the second of its size; the first may compile and set up libraries."""
+        with self._explained():
+            self._run(size)
             torch.cuda.reset_peak_memory_stats(self.runtime.device)
             before = torch.cuda.memory_allocated(self.runtime.device)
-            with self._explained():
-                self._run(1, tokens=tokens)
-            return torch.cuda.max_memory_allocated(self.runtime.device) - before
+            self._run(size)
+        return torch.cuda.max_memory_allocated(self.runtime.device) - before
+
+    def _estimated(self, tokens: int) -> int:
+        """On a CPU: what a pass over the first `tokens` of a sequence keeps for its backward pass."""
         kept: dict[int, int] = {}  # storages that wait for the backward pass; views of one count once
         own = {p.untyped_storage().data_ptr() for p in self.parallel.model.parameters() if not isinstance(p, DTensor)}
 

@@ -194,6 +194,8 @@ def parallelise(config: Config, *, n_tokens: int, runtime: Runtime) -> Parallel:
         _shard(model, config.parallel, mesh=_mesh(strategy, shards, runtime), runtime=runtime)
     model.to_empty(device="cpu" if config.parallel.cpu_offload else runtime.device)
     initialise(model, seed=config.seed, held=held_rows)
+    if config.train.residual == "bf16":
+        _round_residual_stream(model, runtime.precision)
     wrapped: nn.Module = model
     if strategy == "ddp" and runtime.world_size > 1:
         wrapped = _replicate(model, bucket_mb=config.parallel.bucket_mb, device=runtime.device)
@@ -224,6 +226,15 @@ def held_rows(parameter: Tensor) -> tuple[Tensor, range]:
     return parameter.to_local(), range(len(parameter))[number * size : (number + 1) * size]
 
 
+def _round_residual_stream(model: Decoder, precision: torch.dtype) -> None:
+    """Keep the sum that blocks add to in bf16: a fifth less memory traffic. Errors: products of another precision."""
+    if precision != torch.bfloat16:
+        raise UserError(
+            f"train.residual bf16 goes with train.precision bf16, but this run computes in {precision}: use fp32"
+        )
+    model.embedding.register_forward_hook(lambda _module, _inputs, stream: stream.to(torch.bfloat16))
+
+
 def adapt_blocks(model: Decoder, *, checkpointing: Literal["none", "selective", "full"], compiled: bool) -> None:
     """Recompute activations in the backward pass, and compile; block by block, without renaming a parameter.
 
@@ -237,8 +248,9 @@ def adapt_blocks(model: Decoder, *, checkpointing: Literal["none", "selective", 
     if compiled:
         dynamo.optimize_ddp = False  # for models in one graph, which it cuts at DDP's buckets; blocks are cut already
         dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILATIONS)
-        forward = torch.compile(forward)
-        model.nats = MethodType(torch.compile(Decoder.nats), model)  # type: ignore[method-assign] # of this one alone
+        # each size of micro-batch gets a graph of its own: one odd size would leave a slower graph of all sizes behind
+        forward = torch.compile(forward, dynamic=False)
+        model.nats = MethodType(torch.compile(Decoder.nats, dynamic=False), model)  # type: ignore[method-assign] # of this one alone
     if forward is not Block.forward:
         for block in model.stack.blocks:
             block.forward = MethodType(forward, block)  # hooks of wrappers stay around it

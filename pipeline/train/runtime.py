@@ -27,6 +27,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration
 from rich.console import Console
 from torch import Tensor
+from torch._inductor import config as inductor
 
 from pipeline.config import Config, TrainConfig
 from pipeline.errors import UserError
@@ -39,7 +40,9 @@ NOTICE = 60.0  # seconds after which a process group that does not come about is
 GARBAGE_STEPS = 100  # steps between collections
 LONG_STEP = 20.0  # seconds: with its checkpoint such a step hardly fits into the 30 s that torchrun leaves
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+_DTYPES = {
+    "bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32, "fp64": torch.float64,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ class Runtime:
         job = Job.alone() if job is None else job
         own = device_of(config.train, job.launch)
         if config.train.deterministic:
-            torch.use_deterministic_algorithms(True)
+            _use_deterministic_kernels()
+        torch.set_float32_matmul_precision("high" if config.train.precision == "tf32" else "highest")
         job.pulse.limit = 60 * config.train.hang_minutes
         job.pulse.stacks = Path(config.run_dir) / "stacks"
         if config.train.max_minutes is not None and job.signal is not None and job.launch.rank == 0:
@@ -177,6 +181,14 @@ class Runtime:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _cpu_name()
         ranks = "1 process" if self.world_size == 1 else f"{self.world_size} ranks"
         return f"{ranks} on {name}, {str(self.precision).removeprefix('torch.')}"
+
+
+def _use_deterministic_kernels() -> None:
+    """The same bits in every run of the same program on the same kind of device."""
+    torch.use_deterministic_algorithms(True)
+    # every element is written, so filling would only cost a pass
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # set through its module
+    inductor.deterministic = True  # no choice of kernels by a measurement, which another start may decide otherwise
 
 
 class SteadyConsole(Console):
@@ -293,8 +305,8 @@ def _precision(config: TrainConfig, device_type: str) -> torch.dtype:
     if config.precision == "auto":
         native = torch.cuda.is_bf16_supported(including_emulation=False) if device_type == "cuda" else _cpu_has_bf16()
         return torch.bfloat16 if native else torch.float32
-    if config.precision == "fp16" and device_type == "cpu":
-        raise UserError("train.precision fp16 needs CUDA; on a CPU use bf16 or fp32")
+    if config.precision in ("fp16", "tf32") and device_type == "cpu":
+        raise UserError(f"train.precision {config.precision} needs CUDA; on a CPU use bf16 or fp32")
     return _DTYPES[config.precision]
 
 

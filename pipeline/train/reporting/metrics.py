@@ -28,22 +28,30 @@ from pipeline.train.runtime import Runtime
 # Dense bf16 (fp16) peak in TFLOP/s, from the vendors' data sheets; sparsity figures are twice these.
 # A name counts where it stands as whole words; laptop chips and slices of a GPU (MIG) have other figures.
 PEAK_TFLOPS = (
+    ("GB300", 2500.0),
     ("GB200", 2500.0),
     ("B200", 2250.0),
+    ("GH200", 989.0),
     ("H200", 989.0),
     ("H100 PCIe", 756.0),  # before the plain H100, which its name holds too
     ("H100 NVL", 835.0),
     ("H100", 989.0),
     ("H800", 989.0),
+    ("H20", 148.0),
     ("A100", 312.0),
     ("A800", 312.0),
     ("L40S", 362.0),
+    ("L40", 181.0),
     ("L4", 121.0),
     ("A40", 150.0),
+    ("A30", 165.0),
     ("A10", 125.0),
     ("RTX 6000 Ada", 364.0),
+    ("RTX A6000", 154.8),
+    ("RTX 5090", 209.5),
     ("RTX 4090", 165.2),
     ("RTX 3090", 71.0),
+    ("MI325X", 1307.0),
     ("MI300X", 1307.0),
     ("MI250X", 191.5),  # one of its two dies, which PyTorch sees as two devices
 )

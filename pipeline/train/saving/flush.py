@@ -98,10 +98,22 @@ class HostBlocks:
     def __init__(self) -> None:
         self._blocks: list[Tensor] = []
         self._block, self._used = 0, 0
+        self._reserving: threading.Thread | None = None
         self.nbytes = 0  # of the latest snapshot
+
+    def reserve(self, nbytes: int) -> None:
+        """Pin memory for `nbytes` in a thread: training does not wait for it at the first checkpoint."""
+        self._reserving = threading.Thread(target=self._reserve, args=(-(-nbytes // BLOCK),), daemon=True)
+        self._reserving.start()
+
+    def _reserve(self, blocks: int) -> None:
+        while len(self._blocks) < blocks:
+            self._blocks.append(torch.empty(BLOCK, dtype=torch.uint8, pin_memory=True))
 
     def snapshot(self, flats: Iterable[Tensor]) -> list[list[Tensor]]:
         """Copies of flat tensors, each as one or more blocks. They are good until the next call."""
+        if self._reserving is not None:
+            self._reserving.join()
         self._block, self._used = 0, 0
         pairs = [list(self._places(flat)) for flat in flats]
         self.nbytes = self._block * BLOCK + self._used

@@ -250,6 +250,15 @@ class CheckpointStore:
             raise UserError(f"{self._shelf.final(flush.save.step)} was being written and is lost")
         self.finish()
 
+    def reserve(self, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Begin to make the host memory that copies of this rank's share will need, where making it takes long."""
+        if not self.config.checkpoint.asynchronous:
+            return
+        flats = ([piece.written() for piece in pieces] for pieces in self._pieces(model, optimizer))
+        weights, moments = (sum(flat.nbytes for flat in part if flat.device.type == "cuda") for part in flats)
+        if weights:
+            self._host.reserve(weights + (moments or _MOMENTS * weights))
+
     def requirements(self, state: TrainState, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> DiskNeeds:
         """What the checkpoints from `state` to the end of the run need, moments not yet made included."""
         weights, moments = (total_bytes(pieces) for pieces in self._pieces(model, optimizer))
