@@ -22,6 +22,7 @@ from pipeline.model.layers import (
     causal_mask,
     sinusoid,
 )
+from pipeline.model.loss import SummedCrossEntropy
 from pipeline.model.transformer import Decoder, build_model, count_parameters, flops_per_token, initialise
 
 VOCABULARY = 70
@@ -123,19 +124,26 @@ def test_shared_keys_with_a_mask_as_on_cuda(time: int, kv_heads: int) -> None:
     torch.testing.assert_close(found.double(), naive_attention(q, k, v, allowed), atol=1e-6, rtol=1e-5)
 
 
-def test_surplus_rows_of_the_embedding_add_nothing_to_the_loss() -> None:
-    """On CUDA their logits are masked and not cut off."""
-    x, labels = torch.randn(2, 24, 32), tokens(2).flatten()
-    losses, gradients = [], []
-    for way in ("logits", "_whole_logits"):
-        model = make(vocab_size=128, logit_soft_cap=15.0)
-        loss = F.cross_entropy(getattr(model, way)(x).flatten(0, 1), labels, reduction="sum")
-        loss.backward()
-        losses.append(loss.item())
-        gradients.append(model.embedding.tokens.weight.grad)
-    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
-    torch.testing.assert_close(gradients[1], gradients[0])
-    assert not gradients[1][VOCABULARY:].any()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_loss_of_cuda_is_cross_entropy(dtype: torch.dtype) -> None:
+    """Over the tokens alone: surplus rows of the embedding add nothing, and neither do positions without a label."""
+    draws = torch.Generator().manual_seed(1)
+    logits = (4 * torch.randn(30, 128, generator=draws)).to(dtype).requires_grad_()
+    labels = torch.randint(0, VOCABULARY, (30,), generator=draws)
+    labels[::7] = -100
+    exact = logits.detach().double().requires_grad_()
+    expected = F.cross_entropy(exact[:, :VOCABULARY], labels, reduction="sum")
+    (3 * expected).backward()
+    found = SummedCrossEntropy.apply(logits, labels, VOCABULARY)
+    (3 * found).backward()
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    close = {"atol": 1e-2, "rtol": 1e-2} if dtype == torch.bfloat16 else {"atol": 1e-6, "rtol": 1e-5}
+    assert logits.grad is not None
+    assert exact.grad is not None
+    torch.testing.assert_close(logits.grad.double(), exact.grad, **close)
+    assert not logits.grad[:, VOCABULARY:].any()
+    assert not logits.grad[::7].any()
 
 
 def test_rotation_turns_pairs_by_their_angle() -> None:

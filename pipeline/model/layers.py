@@ -22,6 +22,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from pipeline.config import ModelConfig
 
+GRAPHS = 64  # of one compiled function: training and evaluation x windows x sizes of micro-batches
+
 
 class LayerNorm(nn.Module):
     """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias   (Ba et al. 2016, arXiv:1607.06450)."""
@@ -197,7 +199,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | BlockMask | None, 
 
 @cache
 def _compiled_flex_attention() -> Any:
-    return torch.compile(flex_attention, dynamic=False)
+    """For models that are not compiled themselves. Past torch's limit of 8 graphs it would compute all scores."""
+    from torch._dynamo import config as dynamo  # takes a second, and only such models need it
+
+    dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS)
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def _attend_with_mask_on_cuda(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor, dropout: float) -> Tensor:

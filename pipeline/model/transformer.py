@@ -27,6 +27,7 @@ from pipeline.model.layers import (
     causal_mask,
     sinusoid,
 )
+from pipeline.model.loss import SummedCrossEntropy
 from pipeline.seeds import named_seed
 
 DRAWN_AT_ONCE = 1 << 16  # initial values: a stream costs about 10 us to start, as much as some thousand values
@@ -192,17 +193,13 @@ class Decoder(nn.Module):
 
     def nats(self, x: Tensor, labels: Tensor) -> Tensor:
         """The summed cross-entropy of labels (B, T) given the stream (B, T, C)."""
-        # On a CPU surplus rows are cut off at no cost. On CUDA a compiled kernel reads whole rows of an even length
-        # several times as fast as rows cut to, say, 50,257.
-        logits = self._whole_logits(x) if x.device.type == "cuda" else self.logits(x)
+        if x.device.type == "cuda":
+            logits = self._capped(self._scores(x)).flatten(0, 1)  # (B, T, rows) -> (B T, rows)
+            loss: Tensor = SummedCrossEntropy.apply(logits, labels.flatten(), self.n_tokens)  # type: ignore[no-untyped-call]
+            return loss
         # a bf16 log-sum-exp over a large vocabulary would cost the loss its third digit
-        return F.cross_entropy(_exact(logits).flatten(0, 1), labels.flatten(), reduction="sum")
-
-    def _whole_logits(self, x: Tensor) -> Tensor:
-        """(B, T, rows of the embedding): those of surplus rows are -inf, which adds nothing to a softmax."""
-        scores = self._capped(self._scores(x))
-        surplus = torch.arange(scores.shape[-1], device=x.device) >= self.n_tokens
-        return scores.masked_fill(surplus, -math.inf)
+        logits = _exact(self.logits(x)).flatten(0, 1)  # (B, T, V) -> (B T, V)
+        return F.cross_entropy(logits, labels.flatten(), reduction="sum")
 
     def _scores(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, rows of the embedding)."""

@@ -38,16 +38,13 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from pipeline.config import Config, ParallelConfig
 from pipeline.errors import UserError, sized
-from pipeline.model.layers import Sight
+from pipeline.model.layers import GRAPHS, Sight
 from pipeline.model.transformer import Block, Decoder, build_model, initialise
 from pipeline.train.memory import bytes_needed, device_memory, model_sizes
 from pipeline.train.runtime import Runtime
 
 Strategy = Literal["single", "ddp", "fsdp", "hsdp"]
 FITS = 0.9  # of the memory: the rest is for buffers of communication and for what the allocator cannot use
-RECOMPILATIONS = (
-    64  # graphs of one function: training and evaluation x windows x sizes of micro-batches; torch stops at 8
-)
 
 BlockForward = Callable[[Block, Tensor, Sight], Tensor]
 
@@ -247,7 +244,7 @@ def adapt_blocks(model: Decoder, *, checkpointing: Literal["none", "selective", 
         forward = _recomputed_but_products
     if compiled:
         dynamo.optimize_ddp = False  # for models in one graph, which it cuts at DDP's buckets; blocks are cut already
-        dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILATIONS)
+        dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS)
         # each size of micro-batch gets a graph of its own: one odd size would leave a slower graph of all sizes behind
         forward = torch.compile(forward, dynamic=False)
         model.nats = MethodType(torch.compile(Decoder.nats, dynamic=False), model)  # type: ignore[method-assign] # of this one alone
@@ -275,6 +272,7 @@ _ATTENTION = [
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.higher_order.flex_attention,
 ]
 _PRODUCTS_AND_ATTENTION = partial(create_selective_checkpoint_contexts, [*_PRODUCTS, *_ATTENTION])
 # A kernel of attention draws its own dropout masks. Were its result kept, recomputing would pass over its draws, and
