@@ -18,9 +18,11 @@ import sys
 from collections.abc import Sequence
 
 from pipeline.train.processes.early import stop_while_importing
+from pipeline.train.processes.launched import prepare_allocator
 
 if __name__ == "__main__":
     stop_while_importing()  # the rest may take a minute
+    prepare_allocator()
 
 from pipeline.cli import read_command
 from pipeline.config import Config

@@ -16,6 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+from pipeline.train.processes.launched import prepare_allocator
+
+if __name__ == "__main__":
+    prepare_allocator()
+
 import torch
 import tyro
 

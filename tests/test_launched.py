@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,12 +13,15 @@ from torch.distributed.launcher.api import LaunchConfig
 from pipeline.errors import UserError
 from pipeline.train.processes.launched import (
     Launch,
-    _prepare,
     first_host,
     for_torchrun,
     launch_of,
+    prepare_allocator,
+    prepare_libraries,
     tasks_per_node,
 )
+
+ROOT = Path(__file__).parents[1]
 
 TORCHRUN = {
     "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2",
@@ -31,18 +37,22 @@ SRUN = {
 
 def test_alone() -> None:
     launch = launch_of({}, host="h")
+    assert not launch.grouped
     assert launch == Launch(host="h")
     assert (launch.world_size, launch.stopped_code, launch.who, launch.launcher) == (1, 75, "this process", "python")
 
 
 def test_torchrun() -> None:
     launch = launch_of(TORCHRUN, host="h")
-    assert launch == Launch(3, 4, 1, 2, "a", 1234, agent_store=True, elastic=True, host="h")
+    assert launch == Launch(3, 4, 1, 2, "a", 1234, agent_store=True, elastic=True, grouped=True, host="h")
     assert (launch.stopped_code, launch.who, launch.launcher) == (0, "rank 3 on h", "torchrun ...")
 
 
 def test_one_process_of_torchrun_stops_with_0_too() -> None:
-    assert launch_of({"WORLD_SIZE": "1", "RANK": "0", "TORCHELASTIC_RUN_ID": "x"}, host="h").stopped_code == 0
+    alone = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "x"}
+    launch = launch_of(alone, host="h")
+    assert launch.stopped_code == 0
+    assert launch.grouped, "accelerate starts a group if the run does not"
 
 
 def test_srun_without_torchrun() -> None:
@@ -122,12 +132,52 @@ def test_torchrun_waits_as_long_as_ranks_save(monkeypatch: pytest.MonkeyPatch) -
     assert config.shutdown_timeout >= 3600
 
 
-def test_libraries_are_prepared_but_the_users_settings_stay() -> None:
-    environment: dict[str, str] = {}
-    _prepare(environment, deterministic=True)
-    assert environment == {
+def prepared(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What libraries find in an environment that this process was started with."""
+    found = dict(environment)
+    monkeypatch.setattr("pipeline.train.processes.launched.os.environ", found)
+    prepare_allocator()
+    prepare_libraries(device="cuda:0", deterministic=True)
+    monkeypatch.undo()
+    return found
+
+
+def test_libraries_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert prepared({}, monkeypatch) == {
         "PYTORCH_ALLOC_CONF": "expandable_segments:True", "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "ACCELERATE_TORCH_DEVICE": "cuda:0",
     }  # fmt: skip
-    own = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64", "CUBLAS_WORKSPACE_CONFIG": ":16:8"}
-    _prepare(own, deterministic=True)
-    assert own == {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64", "CUBLAS_WORKSPACE_CONFIG": ":16:8"}
+
+
+def test_the_users_settings_of_libraries_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = {
+        "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64", "CUBLAS_WORKSPACE_CONFIG": ":16:8",
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
+    }  # fmt: skip
+    assert prepared(own, monkeypatch) == {**own, "ACCELERATE_TORCH_DEVICE": "cuda:0"}
+    assert prepared({**own, **TORCHRUN}, monkeypatch)["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "3"
+
+
+def test_what_torchrun_sets_by_itself_is_no_users_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun sets 1 in its ranks; launch.ranks sets 0 for torchrun, unless the user has set something."""
+    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+    monkeypatch.delenv(name, raising=False)
+    assert prepared({**TORCHRUN, name: "1"}, monkeypatch)[name] == "0"
+    assert for_torchrun(Path())[name] == "0"
+    monkeypatch.setenv(name, "1")
+    assert prepared({**TORCHRUN, **for_torchrun(Path("x"))}, monkeypatch)[name] == "1"
+
+
+# Stands for PyTorch: says what a script has set before it is imported.
+TORCH = 'import os, sys; print(os.environ.get("PYTORCH_ALLOC_CONF")); sys.stdout.flush(); os._exit(0)'
+
+
+@pytest.mark.parametrize("script", ["pretrain.py", "sample.py"])
+def test_the_allocator_is_set_before_torch_is_imported(script: str, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(TORCH)
+    for own, expected in ({}, "expandable_segments:True"), ({"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"):
+        clean = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
+        environment = {**clean, "PYTHONPATH": str(tmp_path), **own}
+        command = [sys.executable, script, "--help"]
+        found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        assert found.stdout == f"{expected}\n"

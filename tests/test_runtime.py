@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.train.processes.job import Job
 from pipeline.train.processes.launched import Launch
-from pipeline.train.runtime import GARBAGE_STEPS, LONG_STEP, Runtime
+from pipeline.train.runtime import GARBAGE_STEPS, LONG_STEP, Runtime, device_of
 from tests.support import tiny_settings
 
 
@@ -86,6 +87,39 @@ def test_one_process_has_a_group_only_where_sharding_wants_one(config: Config) -
     assert runtime.world_size == 1
     runtime.stop()
     assert not dist.is_initialized()
+
+
+def test_one_process_of_torchrun_has_a_group_of_its_own(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With LOCAL_RANK set, accelerate starts one from MASTER_ADDR, with torch's own time-out, unless there is one."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    runtime = Runtime.start(config, Job(Launch(elastic=True, grouped=True), watched=False))
+    assert dist.get_world_size() == 1
+    assert runtime.world_size == 1
+    runtime.stop()
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(("local_rank", "gpus", "number"), [(0, 1, 0), (3, 1, 0), (3, 8, 3)])
+def test_the_one_gpu_that_a_task_sees_is_its_own(
+    local_rank: int, gpus: int, number: int, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`srun --gpus-per-task=1` numbers the tasks of a node from 0 to 7, and shows each one GPU as number 0."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cuda:7")
+    launch = Launch(rank=local_rank, world_size=8, local_rank=local_rank, local_world_size=8)
+    train = config.train.model_copy(update={"device": "cuda"})
+    assert device_of(train, launch) == torch.device("cuda", number)
+    assert os.environ["ACCELERATE_TORCH_DEVICE"] == f"cuda:{number}", "accelerate takes the same one"
+
+
+def test_more_ranks_than_gpus_are_refused(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    launch = Launch(rank=4, world_size=8, local_rank=4, local_world_size=8, host="h")
+    with pytest.raises(UserError, match="rank 4 on h is number 4 on its host, but may use 4 GPUs"):
+        device_of(config.train.model_copy(update={"device": "cuda"}), launch)
 
 
 def test_a_device_that_is_not_there_is_refused(config: Config) -> None:

@@ -202,26 +202,32 @@ class SteadyConsole(Console):
 
 
 def device_of(config: TrainConfig, launch: Launch) -> torch.device:
-    """The device of this process; what libraries look for when it starts is set before. Errors: it is not there."""
-    prepare_libraries(deterministic=config.deterministic)
-    if _device_type(config) == "cpu":
-        return torch.device("cpu")
-    if launch.local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"{launch.who} is number {launch.local_rank} on its host, but may use {torch.cuda.device_count()} GPUs "
-            "there; start as many processes per node as it has GPUs"
-        )
-    return torch.device("cuda", launch.local_rank)
+    """The device of this process, after setting what libraries read when it starts. Raises UserError without it.
+
+    A process that sees one GPU uses it: `srun --gpus-per-task=1` shows each task its own one, as number 0.
+    """
+    device = torch.device("cpu")
+    if _device_type(config) == "cuda":
+        count = torch.cuda.device_count()
+        number = 0 if count == 1 else launch.local_rank
+        if number >= count:
+            raise UserError(
+                f"{launch.who} is number {number} on its host, but may use {count} GPUs there; "
+                "start as many processes per node as it has GPUs"
+            )
+        device = torch.device("cuda", number)
+    prepare_libraries(device=str(device), deterministic=config.deterministic)
+    return device
 
 
 def _join_group(job: Job, device: torch.device, *, alone_too: bool) -> None:
     """Start the process group, in a session of the store that no earlier start of these ranks has written to.
 
-    Accelerate would start it, but from MASTER_PORT: the store there may be older than this start (see `job.py`).
-    alone_too: one process becomes a group as well, which sharding asks for.
+    Accelerate would start it, but from MASTER_PORT: the store there may be older than this start (see `job.py`). So
+    it would for one process of torchrun. alone_too: one process becomes a group as well, which sharding asks for.
     """
     launch = job.launch
-    if launch.world_size == 1 and not alone_too:
+    if launch.world_size == 1 and not (alone_too or launch.grouped):
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":

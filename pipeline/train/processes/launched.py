@@ -9,14 +9,15 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.errors import EXIT_STOPPED, UserError
 
 # Where ranks leave their exit code for `launch.ranks`, which started torchrun: set by it alone, and no option of a run.
 _ENDINGS = "PRETRAIN_ENDINGS"
+_NCCL_ABORT = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 _DAY = 24 * 60 * 60
 # Sizes that other launchers announce. A world of one among several such tasks would train the same run several times.
 _TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -27,8 +28,9 @@ class Launch:
     """One of `world_size` processes, `local_world_size` of them on this host.
 
     address, port: where rank 0 (or torchrun's agent on its node, then `agent_store`) serves the store that ranks meet
-    in. elastic: started by torchrun, which starts ranks again that end with another code than 0. endings: the file in
-    which `launch.ranks` looks for the exit code of this start, if that launched it.
+    in. elastic: started by torchrun, which starts ranks again that end with another code than 0; parent: its process
+    id then, else 0. grouped: LOCAL_RANK is set, which makes accelerate start a process group even for one process.
+    endings: the file in which `launch.ranks` looks for the exit code of this start, if that launched it.
     """
 
     rank: int = 0
@@ -39,6 +41,8 @@ class Launch:
     port: int = 0
     agent_store: bool = False
     elastic: bool = False
+    parent: int = 0
+    grouped: bool = False
     host: str = ""
     endings: str = ""
 
@@ -53,11 +57,20 @@ class Launch:
         return self.world_size > 1 and self.rank == 0 and not self.agent_store
 
     @property
+    def orphaned(self) -> bool:
+        """Whether the torchrun that started this process has died: the kernel gives its children another parent."""
+        return self.parent != 0 and os.getppid() != self.parent
+
+    @property
+    def one_host(self) -> bool:
+        """Whether all ranks run on this host."""
+        return self.world_size == self.local_world_size
+
+    @property
     def launcher(self) -> str:
         """What starts this many processes, to stand before the script; on several nodes only its name is known here."""
         if self.elastic:
-            one_node = self.world_size == self.local_world_size
-            return f"torchrun --standalone --nproc_per_node={self.world_size}" if one_node else "torchrun ..."
+            return f"torchrun --standalone --nproc_per_node={self.world_size}" if self.one_host else "torchrun ..."
         return "srun ... python" if self.world_size > 1 else "python"
 
     @property
@@ -69,6 +82,8 @@ class Launch:
 def read_launch() -> Launch:
     """The launch of this process; under srun also exports it the way torchrun does. Errors: see `launch_of`."""
     launch = launch_of(os.environ, host=socket.gethostname())
+    if launch.elastic:
+        launch = replace(launch, parent=os.getppid())
     if launch.world_size > 1:
         os.environ.update(
             RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(launch.local_rank),
@@ -80,12 +95,13 @@ def read_launch() -> Launch:
 def launch_of(environment: Mapping[str, str], *, host: str) -> Launch:
     """What an environment says. Errors: half a launch; a world of one among several tasks; a rank outside its world."""
     elastic, endings = "TORCHELASTIC_RUN_ID" in environment, _endings(environment)
+    grouped = environment.get("LOCAL_RANK", "-1") != "-1"
     srun = int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "WORLD_SIZE" not in environment
     found = _from_slurm(environment) if srun else dict(environment)
     world_size = _number(found, "WORLD_SIZE", default=1)
     if world_size == 1:
         _refuse_lonely(environment)
-        return Launch(host=host, elastic=elastic, endings=endings)
+        return Launch(host=host, elastic=elastic, grouped=grouped, endings=endings)
     nodes = int(environment.get("SLURM_STEP_NUM_NODES", "1"))
     if nodes > 1 and environment.get("GROUP_WORLD_SIZE") == "1":
         raise UserError(
@@ -101,6 +117,7 @@ def launch_of(environment: Mapping[str, str], *, host: str) -> Launch:
         port=_number(found, "MASTER_PORT", default=29500),
         agent_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         elastic=elastic,
+        grouped=grouped,
         host=host,
         endings=endings,
     )
@@ -116,9 +133,10 @@ def for_torchrun(endings: Path) -> dict[str, str]:
     """The environment of a torchrun that waits as long as ranks save, and whose ranks leave their codes in `endings`.
 
     After SIGTERM torchrun sends SIGKILL, by default 30 s later; the limit is the cluster's, not its. torch
-    2.13 looks at this variable, 2.11 does not.
+    2.13 looks at this variable, 2.11 does not. torchrun would set NCCL's error handling to 1 in its ranks.
     """
-    return {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_DAY), **os.environ, _ENDINGS: str(endings)}
+    defaults = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_DAY), _NCCL_ABORT: "0"}
+    return {**defaults, **os.environ, _ENDINGS: str(endings)}
 
 
 def _endings(environment: Mapping[str, str]) -> str:
@@ -127,17 +145,30 @@ def _endings(environment: Mapping[str, str]) -> str:
     return f"{folder}/{start}" if folder else ""
 
 
-def prepare_libraries(*, deterministic: bool) -> None:
-    """Settings that PyTorch reads when CUDA starts; what the user has set himself stays."""
-    _prepare(os.environ, deterministic=deterministic)
+def prepare_allocator() -> None:
+    """Let the segments of CUDA's allocator grow, unless the user chose otherwise. Call it before `import torch`.
+
+    Segments that grow do not break up memory when sizes vary: evaluation, saving, the last micro-batch. PyTorch reads
+    the variable once, while it is imported.
+    """
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the name of older releases
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
-def _prepare(environment: MutableMapping[str, str], *, deterministic: bool) -> None:
-    # Segments that can grow do not break up memory when sizes vary: evaluation, saving, the last micro-batch.
-    if "PYTORCH_CUDA_ALLOC_CONF" not in environment:  # the name of older releases
-        environment.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+def prepare_libraries(*, device: str, deterministic: bool) -> None:
+    """Set what NCCL and accelerate read when they start; what the user set stays, but for the device.
+
+    device: of this process, such as `cuda:0`; accelerate would take the one whose number is LOCAL_RANK.
+    """
+    os.environ["ACCELERATE_TORCH_DEVICE"] = device
+    # NCCL's own watchdog would abort the process before ours has named the late rank and exits with 124. torchrun sets
+    # 1 where the user set nothing; launch.ranks sets 0 there, so that below it a 1 is the user's.
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and _ENDINGS not in os.environ
+    if by_torchrun and os.environ.get(_NCCL_ABORT) == "1":
+        os.environ[_NCCL_ABORT] = "0"
+    os.environ.setdefault(_NCCL_ABORT, "0")
     if deterministic:
-        environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def _number(environment: Mapping[str, str], name: str, *, default: int | None = None) -> int:
