@@ -1,19 +1,25 @@
 """Signals that come while a program still imports its libraries, which takes a minute on some clusters.
 
-In: SIGINT, SIGTERM, SIGUSR1. Out: the exit code of a run that was stopped, for nothing is lost yet, instead of Python's
-own endings: a launcher that asks a starting job to stop shall put it back into the queue. Imports little itself.
+In: SIGINT, SIGTERM, SIGUSR1, the death of torchrun. Out: the exit code of a run that was stopped, for nothing is lost
+yet, instead of Python's own endings: a launcher that asks a starting job to stop shall put it back into the queue.
+Imports little itself.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from contextlib import suppress
 from types import FrameType
 
+from pipeline.errors import EXIT_HUNG
+from pipeline.train.processes.ending import orphaned
 from pipeline.train.processes.launched import Launch, read_launch
 
 AGAIN = "run the same command again to go on"
+TICK = 1.0  # seconds between looks for torchrun
 
 
 def stop_while_importing() -> None:
@@ -21,15 +27,39 @@ def stop_while_importing() -> None:
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):  # Windows has no SIGUSR1
             signal.signal(getattr(signal, name), _stop)
+    launch = _launch()
+    if launch.parent:
+        threading.Thread(target=_end_with_torchrun, args=(launch,), name="early", daemon=True).start()
+
+
+def _launch() -> Launch:
+    with suppress(ValueError):  # half a launch, which is told of when there is time
+        return read_launch()
+    return Launch()
+
+
+def _end_with_torchrun(launch: Launch) -> None:
+    """End this process if its torchrun dies. A job has a watch of its own: once it hears signals, one look more is due.
+
+    The last look comes after the job has noted who its parent is, so that no death falls between the two.
+    """
+    importing = True
+    while importing:
+        importing = signal.getsignal(signal.SIGTERM) is _stop
+        time.sleep(TICK)
+        if launch.orphaned:
+            _say(f"{launch.who} ends because {orphaned(launch).text}")
+            os._exit(EXIT_HUNG)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    launch = Launch()
-    with suppress(ValueError):  # half a launch, which is told of when there is time
-        launch = read_launch()
+    launch = _launch()
     if launch.local_rank == 0:
-        text = f"stopped by {signal.Signals(number).name} while starting, so nothing was lost; {AGAIN}\n"
-        with suppress(OSError):
-            os.write(2, text.encode())
+        _say(f"stopped by {signal.Signals(number).name} while starting, so nothing was lost; {AGAIN}")
     # No word for launch.ranks: the signal may come of another rank's failure, and it knows whether it was asked itself.
     os._exit(launch.stopped_code)
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):
+        os.write(2, f"{text}\n".encode())

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline.errors import EXIT_HUNG, EXIT_STOPPED
+from pipeline.train.processes.launched import Launch
 
 WRITING = 5.0  # seconds that a file or a stream has to take what is written to it, before the process ends without
 
@@ -65,6 +66,11 @@ def ending_of(rank: int, host: str, *, words: bytes, by: int) -> Ending:
     with suppress(ValueError, KeyError, TypeError):
         return Ending.read(words)
     return Ending(rank, host, GONE, by)
+
+
+def orphaned(launch: Launch) -> Ending:
+    """The end of a process whose torchrun has died."""
+    return Ending(NOBODY, "", f"torchrun on {launch.host} is gone: killed from outside, or crashed", launch.rank)
 
 
 def within(seconds: float, act: Callable[[], None]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -45,6 +46,7 @@ class Job:
         self._said: frozenset[str] = frozenset()
         if watched:
             faulthandler.enable(file=STDERR)  # a crash in C tells where
+            _allow_many_files()
             self.signal = StopSignal(at_once=self._stop_at_once, answer=self._answer, end=self._end)
             self.stop = self.signal
             self.pulse.start()
@@ -152,6 +154,19 @@ def _end_together(job: Job, error: BaseException) -> NoReturn:
     trace = "".join(traceback.format_exception(error)) if message == "" else ""
     tell_text(f"{launch.who} failed:\n{trace}" if trace else message)
     pulse.leave(code, text)
+
+
+def _allow_many_files() -> None:
+    """Raise the limit of open files as far as the system lets this process.
+
+    Rank 0 holds a connection to every rank, and gloo aborts its process when it cannot accept one, be it a stranger's.
+    """
+    if sys.platform != "win32":
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with suppress(OSError, ValueError):  # macOS calls a limit infinite that the kernel does not accept
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _told(error: BaseException) -> int | None:

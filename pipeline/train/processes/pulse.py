@@ -32,6 +32,7 @@ from pipeline.train.processes.ending import (
     ending_of,
     flush_streams,
     hand_over,
+    orphaned,
     tell,
     within,
 )
@@ -221,6 +222,7 @@ class Pulse:
             now = time.monotonic()
             if self._closed.is_set():
                 break
+            self._watch_launcher()
             elapsed = min(now - last, 2 * TICK)  # a process that was halted has not been hanging
             self._watch_self(elapsed)
             if self._board is not None:
@@ -236,6 +238,12 @@ class Pulse:
             return self._lifelines.lost(TICK)
         self._closed.wait(TICK)
         return []
+
+    def _watch_launcher(self) -> None:
+        """Without its torchrun this process would go on as an orphan that nobody knows of."""
+        if self.launch.orphaned:
+            self._found = self._known or self._claim(orphaned(self.launch))
+            self._end(self._found)
 
     def _watch_self(self, elapsed: float) -> None:
         signs = self._signs

@@ -23,6 +23,7 @@ from pipeline.train.processes.launched import Launch
 from pipeline.train.processes.lifeline import Lifelines
 from pipeline.train.processes.pulse import GRACE, SHOWN
 
+AGENT = 15.0  # seconds in which the store of torchrun's agent has to take a connection
 NOTICE = 60.0  # seconds after which ranks that have not come are named
 BETWEEN = 0.05  # seconds between looks for them
 
@@ -41,13 +42,19 @@ def find_each_other(store: dist.Store, launch: Launch, lifelines: Lifelines, *, 
 
 
 def wait_for_port(launch: Launch, *, limit: float) -> None:
-    """Wait until rank 0 serves the store: it may still be starting."""
+    """Wait until rank 0 serves the store: it may still be starting. torchrun's own is there before its ranks are.
+
+    Raises UserError if rank 0 does not come within `limit` seconds, `Ended` if torchrun's store is gone.
+    """
     began, told = time.monotonic(), False
+    limit = min(limit, AGENT) if launch.agent_store else limit
     while True:
         try:
             socket.create_connection((launch.address, launch.port), timeout=10).close()
         except OSError as error:
             waited = time.monotonic() - began
+            if waited > limit and launch.agent_store:
+                raise Ended(_without_agent(launch)) from None
             if waited > limit:
                 raise UserError(
                     f"rank 0 was not found at {launch.address}:{launch.port} within {waited:.0f} s: {error}; look at "
@@ -79,8 +86,8 @@ class _Roll:
     def call(self, limit: float) -> tuple[str, list[str]]:
         """Name the session, wait for all, then reply to each. One that comes after the end is told so, for a while."""
         launch, began, told, refused = self._launch, time.monotonic(), False, ""
-        port = self._lifelines.serve(launch.world_size)
-        self._store.set("session", json.dumps({"session": self._session, "port": port, "host": launch.host}))
+        endpoint = self._lifelines.serve(launch)
+        self._store.set("session", json.dumps({"session": self._session, "host": launch.host, **endpoint}))
         while self._waited_for and not refused:
             self._look()
             waited = time.monotonic() - began
@@ -99,6 +106,7 @@ class _Roll:
             raise Ended(self._ended)
         if refused:
             raise UserError(refused)
+        self._lifelines.all_have_come()
         return self._session, [launch.host, *(self._answers[rank]["host"] for rank in range(1, launch.world_size))]
 
     def _look(self) -> None:
@@ -132,7 +140,7 @@ def _answer(store: dist.Store, launch: Launch, lifelines: Lifelines, limit: floa
         found: dict[str, Any] = json.loads(store.get("session")) if store.check(["session"]) else {"session": ""}
         if found["session"] != session:
             session = found["session"]
-            warning = _connect(lifelines, launch, found["port"])
+            warning = _connect(lifelines, launch, found)
             answer = {"word": word, "host": launch.host, "connected": not warning}
             store.set(f"{session}/here/{launch.rank}", json.dumps(answer))
         if not session or not store.check([f"{session}/reply/{launch.rank}"]):
@@ -150,10 +158,10 @@ def _answer(store: dist.Store, launch: Launch, lifelines: Lifelines, limit: floa
     raise UserError(_missing(launch, [0], limit))
 
 
-def _connect(lifelines: Lifelines, launch: Launch, port: int) -> str:
+def _connect(lifelines: Lifelines, launch: Launch, found: dict[str, Any]) -> str:
     """Connect to rank 0; or why not: a firewall, or the session is an earlier start's and another one follows."""
     try:
-        lifelines.connect(launch.address, port, rank=launch.rank)
+        lifelines.connect(found["address"], found["port"], rank=launch.rank, secret=found["secret"])
     except OSError as error:
         return f"warning: {launch.who} has no connection to rank 0, so that a kill may be noticed late: {error}"
     return ""
@@ -173,7 +181,11 @@ def _missing(launch: Launch, ranks: Sequence[int], waited: float) -> str:
 def _without_store(launch: Launch, lifelines: Lifelines) -> Ending:
     """Why what serves the store is gone: rank 0 with its last words, if it had any, or torchrun's agent."""
     if launch.agent_store or launch.rank == 0:
-        where = f"{launch.address}:{launch.port}"
-        return Ending(NOBODY, "", f"what served the store of the job at {where} is gone", launch.rank)
+        return _without_agent(launch)
     lifelines.lost(TICK)
     return ending_of(0, launch.address, words=lifelines.words.get(0, b""), by=launch.rank)
+
+
+def _without_agent(launch: Launch) -> Ending:
+    text = f"what served the store of the job at {launch.address}:{launch.port} is gone"
+    return Ending(NOBODY, "", text, launch.rank)
