@@ -1,4 +1,4 @@
-"""torchrun and the two things it lacks: patience with a signal, and the run's own exit code.
+"""torchrun and the things it lacks: patience with a signal, the run's own exit code, and no traceback of its own.
 
     python -m launch.ranks TORCHRUN_FLAG... pretrain.py [configs/NAME.yaml] [--section.key VALUE ...]
 
@@ -46,7 +46,7 @@ class Agent:
         self.process: subprocess.Popen[bytes] | None = None
         for number in STOPS:  # before there is a torchrun, which would be left behind
             signal.signal(number, self._stop)
-        command = [sys.executable, "-m", "torch.distributed.run", *arguments]
+        command = [sys.executable, str(Path(__file__).with_name("torchrun.py")), *arguments]
         self.process = subprocess.Popen(
             command, env=environment, start_new_session=True, preexec_fn=_ignore_the_polite_one
         )

@@ -19,10 +19,14 @@ import psutil
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
 
+import launch.torchrun as torchrun_module
 from launch.ranks import STOPS, Agent, code_left, exit_code
 from pipeline.data.dataset import open_dataset
-from pipeline.errors import EXIT_STOPPED, EXIT_USER_ERROR
+from pipeline.errors import EXIT_HUNG, EXIT_STOPPED, EXIT_USER_ERROR
 from pipeline.status import Status, read_status
 from pipeline.train.processes.ending import hand_over
 from tests.support import end_tree, record, run_ranks, tiny_settings, write_config
@@ -443,6 +447,59 @@ def test_a_mistake_that_only_ranks_find_has_its_code(
     printed, _ = launch.communicate(timeout=120)
     assert launch.returncode == EXIT_USER_ERROR, printed
     assert printed.count("error: ") == 1, printed
+
+
+@pytest.mark.slow
+def test_what_torchrun_says_of_a_killed_rank_is_a_line(
+    dataset: Path, tmp_path: Path, started: list[subprocess.Popen[str]]
+) -> None:
+    """Its own traceback, 40 lines of it, would bury what the ranks have told."""
+    environment = {**commands(tmp_path / "bin"), "RANKS": "2"}
+    config = config_of(dataset, tmp_path / "run", steps=100_000)
+    launch = launched(started, environment, "launch/one_node.sh", config)
+    metrics = tmp_path / "run" / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists():
+        assert time.monotonic() < deadline, "no steps"
+        time.sleep(0.1)
+    (torchrun,) = children_of(launch.pid)
+    victim = children_of(torchrun.pid)[1]
+    victim.kill()
+    printed, _ = launch.communicate(timeout=60)
+    assert launch.returncode == EXIT_HUNG, printed
+    assert "Traceback" not in printed
+    assert printed.count("rank 1 on ") >= 1
+    assert f"torchrun: rank 1 (pid {victim.pid}) was killed by SIGKILL, the first to end\n" in printed
+    after = printed[printed.index("it is gone without a word") :].splitlines()
+    assert len(after) <= 6, after
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (
+            ChildFailedError("x", {3: ProcessFailure(local_rank=1, pid=42, exitcode=-9, error_file="none")}), 1,
+            "torchrun: rank 3 (pid 42) was killed by SIGKILL, the first to end\n",
+        ),
+        (
+            ChildFailedError("x", {0: ProcessFailure(local_rank=0, pid=42, exitcode=2, error_file="none")}), 1,
+            "torchrun: rank 0 (pid 42) exited with 2, the first to end\n",
+        ),
+        (RendezvousTimeoutError("no answer"), 1, "torchrun: the machines of this job lost each other or did not meet"),
+        (SignalException("x", signal.SIGTERM), 143, ""),
+        (None, 0, ""),
+    ],
+)  # fmt: skip
+def test_torchrun_ends_without_a_traceback(
+    error: Exception | None, code: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> None:
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(torchrun_module, "main", main)
+    assert torchrun_module.run() == code
+    assert capsys.readouterr().err.startswith(line)
 
 
 @pytest.mark.slow

@@ -556,6 +556,20 @@ def test_without_its_store_the_job_ends(tmp_path: Path) -> None:
         assert f"rank {rank} on host{rank} ends because what served the store of the job" in ended.printed[rank]
 
 
+def waits_for_torchruns_store(job: Job) -> None:
+    roll_module.AGENT = 3.0
+    together(job)
+
+
+def test_a_store_of_torchrun_that_is_gone_is_not_waited_for(tmp_path: Path) -> None:
+    """It is there before any rank is; a rank that finds nobody at its port has come too late."""
+    assert roll_module.AGENT < 20, "all have to be gone within 30 s"
+    ended = play(waits_for_torchruns_store, tmp_path, ranks=2, TORCHELASTIC_USE_AGENT_STORE="True")
+    assert ended.codes == [124, 124], ended.joined
+    assert ended.seconds < 15
+    assert ended.printed[1].startswith("rank 1 on host1 ends because what served the store of the job at 127.0.0.1:")
+
+
 def _serve(port_file: str) -> None:
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     temporary = Path(port_file + ".tmp")
