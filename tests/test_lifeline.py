@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from tests.strangers import SECRET, attacks, close, idle, send, slow_writers, wa
 from tests.support import FORKS
 
 WORLD = 4
+ONE_HOST = Launch(world_size=WORLD, local_world_size=WORLD, elastic=True)
 EVERYWHERE = ("::", "0.0.0.0")  # noqa: S104 - what a server is bound to that listens at all addresses
 
 
@@ -46,7 +47,7 @@ class Root:
 @pytest.fixture
 def root() -> Iterator[Root]:
     lines = Lifelines()
-    found = Root(lines, dict(lines.serve(Launch(world_size=WORLD, local_world_size=WORLD))))
+    found = Root(lines, dict(lines.serve(ONE_HOST)))
     thread = threading.Thread(target=found.listen)
     thread.start()
     yield found
@@ -161,7 +162,7 @@ def short_of_descriptors(sender: Any, act: Callable[[Lifelines], None]) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (40, hard))
     lines = Lifelines()
-    sender.send(lines.serve(Launch(world_size=WORLD, local_world_size=WORLD)))
+    sender.send(lines.serve(ONE_HOST))
     act(lines)
 
 
@@ -189,7 +190,8 @@ def test_a_shortage_of_descriptors_is_survived() -> None:
 @pytest.mark.parametrize(
     ("launch", "expected"),
     [
-        (Launch(world_size=2, local_world_size=2, address="no.such.name.invalid"), "127.0.0.1"),
+        (replace(ONE_HOST, address="no.such.name.invalid"), "127.0.0.1"),
+        (replace(ONE_HOST, elastic=False, address="192.0.2.1"), "::"),  # it may not know how many are here
         (Launch(world_size=2, local_world_size=1, address="127.0.0.1"), "127.0.0.1"),
         (Launch(world_size=2, local_world_size=1, address="localhost"), "127.0.0.1"),
         (Launch(world_size=2, local_world_size=1, address="::1"), "::1"),

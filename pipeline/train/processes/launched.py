@@ -63,8 +63,8 @@ class Launch:
 
     @property
     def one_host(self) -> bool:
-        """Whether all ranks run on this host."""
-        return self.world_size == self.local_world_size
+        """Whether torchrun started all ranks on this host; other launchers may not say how many are here."""
+        return self.elastic and self.world_size == self.local_world_size
 
     @property
     def launcher(self) -> str:
