@@ -86,7 +86,7 @@ def test_a_job_survives_strangers_on_every_port(dataset: Path, tmp_path: Path, a
     wait_until(lambda: "rank 0" in ports(agent).values(), seconds=SECONDS, what="rank 0 does not listen")
     early = ports(agent)
     for port, who in early.items():
-        # torch's store looks up the name of each caller, one after the other: 1,000 hold up who is still to come.
+        # torch's store takes some ten connections a second: 1,000 would hold up rank 1 for minutes.
         attack(agent, port, many=50 if who == "agent" else 1000)
     (tmp_path / "come").touch()
     metrics = tmp_path / "run" / "metrics.jsonl"
