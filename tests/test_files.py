@@ -26,3 +26,23 @@ def test_what_stops_a_write_leaves_the_file_as_it_was(
         write_durably(path, b"after", writer=".one")
     assert [found.name for found in tmp_path.iterdir()] == ["file"]
     assert path.read_bytes() == b"before"
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_an_error_of_a_write_names_the_file(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os if call == "fsync" else Path, call, full)
+    with pytest.raises(OSError) as caught:
+        write_durably(tmp_path / "config.yaml", b"x")
+    assert caught.value.filename == str(tmp_path / "config.yaml")
+    assert str(caught.value).startswith("[Errno 28] No space left on device")
+
+
+def test_a_link_left_under_the_temporary_name_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "other").write_text("untouched")
+    (tmp_path / "file.tmp").symlink_to(tmp_path / "other")
+    write_durably(tmp_path / "file", b"content")
+    assert (tmp_path / "other").read_text() == "untouched"
+    assert not (tmp_path / "file").is_symlink()

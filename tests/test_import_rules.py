@@ -37,6 +37,7 @@ DOORS = {
     "accelerate": {"train/runtime.py", "train/reporting/trackers.py"},
     "distributed": {"data/preparing/executors.py"},
     "datasets": {"data/reading/hub.py"},
+    "filelock": {"locks.py"},
     "tokenizers": {"data/tokenizer.py"},
     "gigatoken": {"data/preparing/encoder.py"},
     "huggingface_hub": {"data/reading/hub.py", "data/tokenizer_files.py"},
