@@ -107,7 +107,7 @@ def train(
         stopping = step < last and (result.stop or not state.evaluated)
         if step % config.checkpoint.every == 0 or step == last or stopping:
             run.save(state, trainer)
-        run.store.poll()
+        run.poll()
         runtime.after_step(step, seconds=result.seconds)
         if stopping:
             raise run.stopped(state)

@@ -54,6 +54,13 @@ def sized(count: float) -> str:
     return f"{count / 1000**power:,.1f} {'kMGT'[power - 1]}B"
 
 
+def duration(seconds: float) -> str:
+    """As h:mm:ss, or m:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a script's `main` and turn the user's mistakes into exit codes instead of tracebacks."""
     print_all_characters()

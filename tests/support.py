@@ -88,9 +88,9 @@ def run_pretrain(config: Path, *flags: str, before: Callable[[], None] | None = 
     return process.exitcode if process.exitcode is not None else -1, printed
 
 
-def start_pretrain(config: Path, output: Path) -> Any:
-    """Start pretrain.py in a fresh process that prints into `output`; the caller ends it."""
-    process = FORKS.Process(target=_pretrain_into, args=([str(config)], str(output)))
+def start_pretrain(config: Path, output: Path, *, before: Callable[[], None] | None = None) -> Any:
+    """Start pretrain.py in a fresh process that prints into `output`; the caller ends it. before: as `run_pretrain`."""
+    process = FORKS.Process(target=_pretrain_into, args=([str(config)], str(output), before))
     process.start()
     return process
 
@@ -183,8 +183,10 @@ def _pretrain(arguments: list[str], sender: Any, before: Callable[[], None] | No
         sender.send(printed.getvalue())
 
 
-def _pretrain_into(arguments: list[str], output: str) -> None:
+def _pretrain_into(arguments: list[str], output: str, before: Callable[[], None] | None) -> None:
     _print_into(output)
+    if before is not None:
+        before()
     _main(arguments)
 
 
@@ -197,5 +199,6 @@ def _main(arguments: list[str], main: Callable[[Job], None] = pretrain.main) -> 
 def record(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without what depends on the clock."""
     clock = {"tokens_per_second", "step_seconds", "data_wait_seconds", "mfu"}
+    clock |= {"time", "elapsed_seconds", "peak_memory_bytes"}
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in clock} for line in lines]

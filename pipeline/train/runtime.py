@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import platform
+import resource
 import socket
 import subprocess
 import sys
@@ -298,6 +299,14 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "git": git_commit(),
     }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has held at most: on a GPU those that PyTorch reserved there, else resident ones."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _device_type(config: TrainConfig) -> str:

@@ -12,15 +12,17 @@ import re
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Required
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from rich.console import Console
 from rich.markup import escape
+from typing_extensions import TypedDict
 
 from pipeline.config import Config
-from pipeline.errors import UserError
-from pipeline.files import write_durably
+from pipeline.errors import UserError, duration
+from pipeline.files import naming, write_durably
 from pipeline.model.transformer import Decoder, flops_per_token
 from pipeline.ramp import Ramp
 from pipeline.train.runtime import Runtime
@@ -57,6 +59,7 @@ PEAK_TFLOPS = (
 )
 
 WAITED_TOO_LONG = 0.02  # share of the time
+EACH_LOSS = "val_loss/"  # followed by the name of a dataset
 
 
 def device_peak_flops(device: torch.device, precision: torch.dtype, *, override_tflops: float | None) -> float | None:
@@ -116,6 +119,31 @@ def meter_of(config: Config, model: Decoder, runtime: Runtime) -> Meter:
     return Meter(flops_per_token=flops, peak_flops=None if peak is None else peak * runtime.world_size)
 
 
+@with_config(ConfigDict(strict=True, extra="allow"))
+class Line(TypedDict, total=False):
+    """One line of metrics.jsonl; docs/run_folder.md says what each key means. Of a blend also val_loss/NAME."""
+
+    step: Required[int]
+    tokens: int
+    time: str
+    elapsed_seconds: float
+    peak_memory_bytes: int
+    lr: float
+    loss: float
+    grad_norm: float
+    skipped: bool
+    tokens_per_second: float
+    step_seconds: float
+    data_wait_seconds: float
+    mfu: float
+    val_loss: float
+    val_bits_per_byte: float
+    val_targets: int
+
+
+_LINE = TypeAdapter(Line)
+
+
 class Record:
     """metrics.jsonl: append-only, cut back to the step that a run resumes from."""
 
@@ -136,27 +164,47 @@ class Record:
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one object."""
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def sync(self) -> None:
         """Force the record to disk: before a checkpoint, which must not outlive its lines."""
         if self.path.exists():
-            with self.path.open("rb") as file:
+            with naming(self.path), self.path.open("rb") as file:
                 os.fsync(file.fileno())
 
 
 def read_record(path: Path) -> list[dict[str, Any]]:
-    """All whole lines; the last may be torn by a kill and is then left out."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    """All lines of a metrics.jsonl, as dictionaries; a last line that a kill tore is left out.
+
+    Raises `UserError` naming file and line for anything else that `Record.write` did not write.
+    """
+    lines = path.read_bytes().removesuffix(b"\n").split(b"\n") if path.stat().st_size else []
     parsed = []
     for number, line in enumerate(lines, start=1):
         try:
-            parsed.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number != len(lines):
-                raise UserError(f"{path}, line {number} is not JSON; restore the file or move the run away") from None
+            values = json.loads(line.decode())
+        except (ValueError, RecursionError):
+            if number == len(lines):
+                break
+            raise _bad_line(path, number, "is not JSON") from None
+        try:
+            _LINE.validate_python(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or type(values).__name__
+            raise _bad_line(path, number, f"is no line of a record ({where}: {first['msg']})") from None
+        wrong = [key for key, value in values.items() if key.startswith(EACH_LOSS) and type(value) is not float]
+        if wrong:
+            raise _bad_line(path, number, f"is no line of a record ({wrong[0]}: Input should be a valid number)")
+        parsed.append(values)
     return parsed
+
+
+def _bad_line(path: Path, number: int, what: str) -> UserError:
+    return UserError(
+        f"{path}, line {number} {what}; mend it, or move the file away: the run then goes on without its earlier lines"
+    )
 
 
 class ConsoleLine:
@@ -174,8 +222,8 @@ class ConsoleLine:
         if "val_loss" in line:
             parts = [place, f"[green]validation loss {line['val_loss']:.4f}[/green]"]
             parts.append(f"{line['val_bits_per_byte']:.4f} bits per byte")
-            each = [key for key in line if key.startswith("val_loss/")]
-            parts += [escape(f"{key.removeprefix('val_loss/')} {line[key]:.4f}") for key in each]
+            each = [key for key in line if key.startswith(EACH_LOSS)]
+            parts += [escape(f"{key.removeprefix(EACH_LOSS)} {line[key]:.4f}") for key in each]
         elif line.get("skipped"):
             parts = [place, "[yellow]skipped: loss or gradient norm was not finite[/yellow]"]
         else:
@@ -192,8 +240,7 @@ class ConsoleLine:
     def _rates(self, line: dict[str, Any]) -> list[str]:
         if "tokens_per_second" not in line:
             return []
-        tokens_left = self.ramp.before(self.total_steps + 1) - self.ramp.before(line["step"] + 1)
-        left = tokens_left / line["tokens_per_second"]
+        left = seconds_left(line, total_steps=self.total_steps, ramp=self.ramp)
         parts = [f"{line['tokens_per_second']:,.0f} tokens/s", f"ETA {duration(left)}"]
         if "mfu" in line:
             parts.append(f"MFU {line['mfu']:.1%}")
@@ -202,13 +249,12 @@ class ConsoleLine:
         return parts
 
 
+def seconds_left(line: dict[str, Any], *, total_steps: int, ramp: Ramp) -> float:
+    """Seconds to the last step at the rate of a logged line; evaluations and checkpoints come on top."""
+    tokens = ramp.before(total_steps + 1) - ramp.before(line["step"] + 1)
+    return float(tokens / line["tokens_per_second"])
+
+
 def _waiting(line: dict[str, Any]) -> float:
     """Share of the time of a logged interval in which there was no data."""
     return float(line["data_wait_seconds"] / line["step_seconds"]) if "step_seconds" in line else 0.0
-
-
-def duration(seconds: float) -> str:
-    """As h:mm:ss, or m:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -12,10 +12,9 @@ import torch
 
 from pipeline.config import Config
 from pipeline.data.loading.loader import Loader
-from pipeline.errors import sized
+from pipeline.errors import duration, sized
 from pipeline.train.memory import bytes_needed, device_memory, model_sizes
 from pipeline.train.parallel import Parallel
-from pipeline.train.reporting.metrics import duration
 from pipeline.train.runtime import Runtime
 from pipeline.train.state import TrainState
 

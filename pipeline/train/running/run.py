@@ -1,6 +1,6 @@
 """The folder of a run: what it is, what happened, and where it goes on.
 
-    runs/NAME/config.yaml  environment.json  metrics.jsonl  curves.png  checkpoints/
+    runs/NAME/config.yaml  environment.json  metrics.jsonl  status.json  curves.png  checkpoints/
 
 In: the configuration and the data. Out: a `Run` that resumes from the newest intact checkpoint when the
 same command is given again, and refuses when data or model are not what they were.
@@ -8,15 +8,16 @@ same command is given again, and refuses when data or model are not what they we
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import suppress
+from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
-from uuid import uuid4
 
 import torch
 import yaml
@@ -26,17 +27,18 @@ from pipeline.data.loading.blend import Phase
 from pipeline.data.loading.sources import TrainingData, ValidationSet
 from pipeline.errors import EXIT_STOPPED, StoppedEarly, UserError, counted
 from pipeline.files import write_durably
-from pipeline.locks import locked
 from pipeline.model.transformer import Decoder
+from pipeline.status import HEARTBEAT, Status, write_status
 from pipeline.status import NAME as STATUS
-from pipeline.status import Status, write_status
 from pipeline.train.parallel import Parallel
 from pipeline.train.reporting.curves import draw_curves
-from pipeline.train.reporting.metrics import ConsoleLine, Meter, Record, read_record
+from pipeline.train.reporting.metrics import ConsoleLine, Meter, Record, read_record, seconds_left
 from pipeline.train.reporting.trackers import Trackers
 from pipeline.train.running.changes import refuse_another_run
-from pipeline.train.runtime import Runtime, environment
-from pipeline.train.saving.checkpoint import checkpoint_folder, newest_intact, read_state, restore
+from pipeline.train.running.folder import RunFolder
+from pipeline.train.runtime import Runtime, environment, peak_memory
+from pipeline.train.saving.checkpoint import checkpoint_folder, newest_intact, read_config, read_state, restore
+from pipeline.train.saving.storage import Location
 from pipeline.train.saving.store import CheckpointStore
 from pipeline.train.spikes import is_spike
 from pipeline.train.state import BatchSizes, TrainState
@@ -59,9 +61,11 @@ class Run:
         self.record = Record(self.folder / "metrics.jsonl")
         self.console = ConsoleLine(runtime.console, total_steps=config.total_steps, ramp=config.ramp)
         self.trackers: Trackers | None = None
-        self._held = ExitStack()
-        self._drawn = time.perf_counter()
-        self._step = 0
+        self._held = RunFolder(self.folder)
+        self._began = self._drawn = time.perf_counter()  # of the run: what earlier starts took is before it
+        self._status = Status(status="running", step=0, exit_code=None, message="", total_steps=config.total_steps)
+        self._telling = threading.Lock()  # of status.json
+        self._closed = threading.Event()
 
     def resume(self, model: Decoder, optimizer: torch.optim.Optimizer) -> TrainState:
         """Fill model and optimizer from the newest intact checkpoint, or leave them and start at step 0.
@@ -69,12 +73,19 @@ class Run:
         Errors: data, tokenizer, model or seed differ from the checkpoint's; other training settings differ and
         `checkpoint.allow_changes` is not set.
         """
+        try:
+            return self._resume(model, optimizer)
+        except BaseException:  # refused: the folder is as it was, its lock file included
+            self._held.release()
+            raise
+
+    def _resume(self, model: Decoder, optimizer: torch.optim.Optimizer) -> TrainState:
         if self.runtime.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = locked(self.folder, ask_of_other_hosts=False, patience=PATIENCE, say=self.runtime.say)
-            self._held.enter_context(lock)
+            self._held.hold(patience=PATIENCE, say=self.runtime.say)
         self.store.clean()
         self.runtime.barrier()
+        if not self.runtime.is_main:
+            self._held.watch()
         newest = self.store.newest()
         if newest is None:
             state = self._first_state(model)
@@ -86,11 +97,13 @@ class Run:
             self.runtime.say(f"resuming from {newest}")
         if state.step >= self.config.total_steps:
             self.runtime.say(
-                f"already at step {state.step} of {self.config.total_steps}; raise train.steps to go further"
+                f"already at step {state.step} of {self.config.total_steps}; raise train.steps to go further, or begin "
+                f"another run with --run-dir {another(self.folder)}"
             )
         elif self.runtime.is_main:
-            self._open(state)
+            self._open(state, newest)
             self._tell("running", state.step, exit_code=None, message=f"started from step {state.step}")
+            threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
             self.runtime.pulse.on_end = self._failed
         self.runtime.barrier()
         return state
@@ -113,23 +126,34 @@ class Run:
             precision=str(self.runtime.precision),
         )
 
-    def _open(self, state: TrainState) -> None:
-        """Write the folder's description and bring the record back to `state`."""
+    def _open(self, state: TrainState, resumed: Location | None) -> None:
+        """Write the folder's description and bring the record back to `state`; first what may be refused."""
+        lines = read_record(self.record.path) if self.record.path.exists() else []
+        before = self._held.read_environment(say=self.runtime.say)
         settings = resolved(self.config)
         write_durably(self.folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False).encode())
-        path = self.folder / "environment.json"
-        history = _read_environment(path) or {"run_id": uuid4().hex[:12], "starts": []}
-        started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        history["starts"].append({"from_step": state.step, "started": started, **environment()})
-        write_durably(path, json.dumps(history, indent=2).encode() + b"\n")
-        lines = read_record(self.record.path) if self.record.path.exists() else []
-        if state.step == 0 and any(line["step"] >= self.config.checkpoint.every for line in lines):
+        self._held.write_environment(before, from_step=state.step, about=environment())
+        if resumed is not None:
+            earlier = max((start.from_step for start in before.starts if start.from_step < state.step), default=0)
+            self._tell_of_lost_lines(lines, state.step, begun=earlier, every=read_config(resumed).log.every)
+        elif any(line["step"] >= self.config.checkpoint.every for line in lines):
             self.runtime.say(
                 "warning: the checkpoints of an earlier run are gone: starting over from step 1; its record is "
                 f"{self.record.set_aside()}"
             )
         self.record.cut_after(state.step, evaluated=state.evaluated)
-        self.trackers = Trackers(self.runtime, self.config, run_id=history["run_id"], settings=settings)
+        earlier_seconds = [line.get("elapsed_seconds", 0.0) for line in lines if line["step"] <= state.step]
+        self._began = time.perf_counter() - max(earlier_seconds, default=0.0)
+        self.trackers = Trackers(self.runtime, self.config, run_id=before.run_id, settings=settings)
+
+    def _tell_of_lost_lines(self, lines: list[dict[str, Any]], step: int, *, begun: int, every: int) -> None:
+        """Warn if the record ends before the checkpoint of `step`, whose start logged `every` steps after `begun`."""
+        last = max((line["step"] for line in lines if "val_loss" not in line), default=0)
+        if max(last, begun) < step - step % every:
+            self.runtime.say(
+                f"warning: {self.record.path} ends at step {last}, before the checkpoint of step {step}: the lines "
+                "between are lost; the run goes on from the checkpoint, whose weights are whole"
+            )
 
     def spiked(self, before: TrainState, result: StepResult) -> bool:
         """Whether the loss jumped and the run is to go back from it."""
@@ -186,25 +210,41 @@ class Run:
         self._log({**line, **meter.take()})
 
     def _log(self, line: dict[str, Any]) -> None:
-        if self.runtime.is_main:
-            self.record.write(line)
-            self.console.show(line)
-            numbers = {key: value for key, value in line.items() if key != "step"}
-            if self.trackers is not None:
-                self.trackers.log(numbers, step=line["step"])
+        if not self.runtime.is_main:
+            return
+        self._held.check()
+        numbers = {key: value for key, value in line.items() if key != "step"}
+        numbers["elapsed_seconds"] = round(time.perf_counter() - self._began, 3)
+        numbers["peak_memory_bytes"] = peak_memory(self.runtime.device)
+        now = datetime.now().astimezone().isoformat(timespec="milliseconds")
+        self.record.write({"step": line["step"], **numbers, "time": now})
+        self.console.show(line)
+        if self.trackers is not None:
+            self.trackers.log(numbers, step=line["step"])
+        known = ("step", "loss", "tokens_per_second")
+        live: dict[str, Any] = {key: line[key] for key in known if key in line}
+        if "tokens_per_second" in line:
+            live["eta_seconds"] = seconds_left(line, total_steps=self.config.total_steps, ramp=self.config.ramp)
+        self._status = self._status.model_copy(update=live)  # told with the next heartbeat
 
     def save(self, state: TrainState, trainer: Trainer) -> None:
         """Begin a checkpoint and bring curves.png up to date."""
         began = time.perf_counter()
         state = state.model_copy(update={"loss_scale": trainer.loss_scale()})
         if self.runtime.is_main:
+            self._held.check()
             self.record.sync()
-        with self.runtime.pulse.unhurried(f"saving step {state.step}"):
+        with self.runtime.pulse.unhurried(f"saving step {state.step}"), self._held.explaining():
             self.store.begin(state, model=trainer.parallel.model, optimizer=trainer.optimizer)
         self._tell("running", state.step, exit_code=None, message=f"checkpoint of step {state.step} begun")
         if self.runtime.is_main and (state.step == self.config.total_steps or began > self._drawn + DRAW_SECONDS):
             self._draw()
             self._drawn = time.perf_counter()
+
+    def poll(self) -> None:
+        """Tell of a checkpoint that was finished meanwhile. Errors: it could not be written."""
+        with self._held.explaining():
+            self.store.poll()
 
     def stopped(self, state: TrainState) -> StoppedEarly:
         """Wait for the checkpoint, let go of everything; what to raise."""
@@ -225,11 +265,13 @@ class Run:
         self.runtime.say(message)
 
     def _close(self) -> None:
-        with self.runtime.pulse.unhurried("waiting for the last checkpoint"):
+        with self.runtime.pulse.unhurried("waiting for the last checkpoint"), self._held.explaining():
             self.store.finish()
         if self.trackers is not None:
             self.trackers.finish()
-        self._held.close()
+        self._closed.set()
+        self._held.check()
+        self._held.release()
         self.runtime.pulse.on_end = None
 
     def _tell(
@@ -243,17 +285,33 @@ class Run:
         """Bring status.json up to date. It only tells of the run: that it cannot be written changes nothing else."""
         if not self.runtime.is_main:
             return
-        self._step = step
-        try:
-            write_status(self.folder, Status(status=status, step=step, exit_code=exit_code, message=message))
-        except OSError as error:
-            reason = error.strerror or error
-            self.runtime.say(f"warning: {self.folder / STATUS} was not written ({reason}); it should say: {status}")
+        with self._telling:
+            told = {"status": status, "step": step, "exit_code": exit_code, "message": message}
+            self._status = self._status.model_copy(update=told)
+            try:
+                self._write_status()
+            except OSError as error:
+                reason = error.strerror or error
+                self.runtime.say(f"warning: {self.folder / STATUS} was not written ({reason}); it should say: {status}")
+
+    def _write_status(self) -> None:
+        """In the folder itself, wherever it was moved to; nowhere if it is gone."""
+        where = self._held.whereabouts()
+        if where is not None:
+            write_status(where, self._status.model_copy(update={"heartbeat": datetime.now(UTC)}))
+
+    def _beat(self) -> None:
+        """Say every few seconds that this process lives, and how far it is; a thread of its own does that."""
+        while not self._closed.wait(HEARTBEAT):
+            with self._telling, suppress(OSError):  # told when the status changes
+                if self._status.exit_code is None:
+                    self._write_status()
 
     def _failed(self, exit_code: int, message: str) -> None:
         """What the process calls before it ends for another reason than its end or a stop that was saved."""
         status: Literal["stopped", "failed"] = "stopped" if exit_code == EXIT_STOPPED else "failed"
-        self._tell(status, self._step, exit_code=exit_code, message=message)
+        self._closed.set()
+        self._tell(status, self._status.step, exit_code=exit_code, message=message)
 
     def _draw(self) -> None:
         try:
@@ -274,13 +332,6 @@ def _never() -> bool:
     return False
 
 
-def _read_environment(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(found, dict) or not {"run_id", "starts"} <= found.keys():
-        raise UserError(f"{path} was not written by pretrain.py: it lacks run_id or starts; move it away")
-    return found
+def another(folder: Path) -> Path:
+    """A name for another run beside this one that is still free."""
+    return next(name for n in count(2) if not (name := folder.with_name(f"{folder.name}-{n}")).exists())

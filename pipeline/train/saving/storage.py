@@ -285,13 +285,13 @@ class LocalShelf(Shelf):
         fsync_folder(self.folder)
         if older:
             with suppress(OSError):  # a leftover, which retention removes
-                shutil.rmtree(removed)
+                self.clear(removed)
         return final
 
     @override
     def remove(self, checkpoint: Location) -> None:
         assert isinstance(checkpoint, Path), "a shelf holds locations of its own kind"
-        shutil.rmtree(self._name_as_removed(checkpoint))
+        self.clear(self._name_as_removed(checkpoint))
 
     def _name_as_removed(self, checkpoint: Path) -> Path:
         removed = checkpoint.with_name(f".{checkpoint.name}.removed")
@@ -307,7 +307,7 @@ class LocalShelf(Shelf):
     @override
     def clear(self, place: Location) -> None:
         assert isinstance(place, Path), "a shelf holds locations of its own kind"
-        if place.is_dir():
+        if place.is_dir() and not place.is_symlink():  # what a link points to is not ours
             shutil.rmtree(place)
         else:
             place.unlink(missing_ok=True)
@@ -318,9 +318,12 @@ class LocalShelf(Shelf):
 
     @override
     def make(self, place: Location) -> None:
+        assert isinstance(place, Path), "a shelf holds locations of its own kind"
         self.clear(place)
+        self.folder.mkdir(exist_ok=True)  # without parents: a run folder that was renamed is not made again
+        place.mkdir()
         for part in ("model", "optimizer"):
-            Path(str(place), part).mkdir(parents=True)
+            (place / part).mkdir()
 
     @override
     def free_bytes(self) -> int | None:

@@ -68,12 +68,13 @@ class CheckpointStore:
         self._waited = 0.0
 
     def clean(self) -> None:
-        """Remove what a killed process left under temporary names, and nothing else.
+        """Make the folder; remove what a killed process left under temporary names, and nothing else.
 
         Errors: a folder that may not be used, or is not the same one for all ranks.
         """
         if self.runtime.is_main:
             with _told(self.folder):
+                self._shelf.make_folder()
                 for leftover in self._shelf.leftovers():
                     self._shelf.clear(leftover)
         if self.runtime.world_size > 1:
@@ -84,7 +85,6 @@ class CheckpointStore:
         probe = self.folder / _PROBE
         if self.runtime.is_main:
             with _told(self.folder):
-                self._shelf.make_folder()
                 write_bytes(probe, b"")
         self._channel.exchange({})
         until = time.monotonic() + _PROBE_SECONDS
