@@ -26,7 +26,7 @@ from pipeline.locks import LOCK_NAME, holder, look
 NAME = "status.json"
 KILLED = 137  # 128 + SIGKILL, as shells report it
 RUNNING = 3  # as `systemctl status` has codes of its own for what is neither success nor failure
-HEARTBEAT = 10.0  # seconds between two
+HEARTBEAT = 2.0  # seconds between two
 STALE = 60.0  # seconds without a heartbeat after which a process that no lock speaks for is taken for dead
 COLUMNS = ("run", "state", "step", "loss", "tokens/s", "ETA", "heartbeat")
 
