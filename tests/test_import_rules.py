@@ -43,7 +43,7 @@ DOORS = {
     "huggingface_hub": {"data/reading/hub.py", "data/tokenizer_files.py"},
     "fsspec": {"train/saving/storage.py"},
     "tiktoken": set(),
-    "wandb": set(),
+    "wandb": {"train/reporting/trackers.py"},
     "tensorboard": set(),
     "matplotlib": {"train/reporting/curves.py"},
     "transformers": set(),

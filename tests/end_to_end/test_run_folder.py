@@ -5,8 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pty
+import select
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import datetime
@@ -22,6 +26,8 @@ from pipeline.train.saving.storage import LocalShelf
 from pipeline.train.step import Trainer
 from tests.end_to_end.test_bad_runs import files_of, mistake
 from tests.support import record, run_pretrain, run_ranks, start_pretrain, tiny_settings, write_config
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture
@@ -254,6 +260,41 @@ def test_time_and_memory_are_recorded_and_go_on_over_restarts(run: Path, config:
     assert times == sorted(times)
     assert (times[first_of_second] - times[first_of_second - 1]).total_seconds() > 1.5
     assert all(10_000_000 < line["peak_memory_bytes"] < 100_000_000_000 for line in lines)
+
+
+@pytest.mark.slow
+def test_wandb_without_a_login_never_asks_and_records_offline(config: Path, tmp_path: Path) -> None:
+    """At a terminal, where wandb would wait for an answer."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_") and name != "NETRC"}
+    ours, terminal = pty.openpty()
+    command = [sys.executable, str(ROOT / "pretrain.py"), str(config), "--log.trackers", "wandb"]
+    process = subprocess.Popen(
+        command,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        env={**kept, "HOME": str(tmp_path), "TERM": "xterm", "PYTHONPATH": str(ROOT)},
+    )
+    os.close(terminal)
+    printed, deadline = b"", time.monotonic() + 240
+    try:
+        while time.monotonic() < deadline:
+            if select.select([ours], [], [], 1)[0]:
+                try:
+                    printed += os.read(ours, 1 << 16)
+                except OSError:  # the terminal closes with its last process
+                    break
+        code = process.wait(max(deadline - time.monotonic(), 1.0))
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+    text = printed.decode(errors="replace")
+    assert code == 0, text
+    assert "Enter your choice" not in text
+    assert text.count("wandb has no login on this machine: it records offline") == 1
+    folders = list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert [folder.name.endswith(run_id(tmp_path / "run")) for folder in folders] == [True]
 
 
 def beat_often(path: Path) -> None:

@@ -31,6 +31,12 @@ class Trackers:
         accelerator = runtime.accelerator
         for name in config.log.trackers:
             try:
+                if name == "wandb" and _lacks_login():
+                    wandb["mode"] = "offline"
+                    runtime.say(
+                        f"wandb has no login on this machine: it records offline; send that later by `wandb login` and "
+                        f"`wandb sync {Path(config.run_dir, 'wandb')}/offline-run-*`"
+                    )
                 accelerator.trackers = []
                 accelerator.log_with = filter_trackers([name], accelerator.logging_dir)
                 accelerator.init_trackers(config.log.project, config=flat, init_kwargs={"wandb": wandb})
@@ -60,3 +66,12 @@ class Trackers:
 
     def _warn(self, name: str, error: Exception) -> None:
         self.runtime.say(f"warning: {name} is left out from here on, metrics.jsonl goes on: {error}")
+
+
+def _lacks_login() -> bool:
+    """Whether wandb would ask for a key at the terminal, and hold up the run until somebody answers."""
+    import wandb  # only who asks for it needs it
+
+    if wandb.setup().settings.mode in ("offline", "disabled"):
+        return False
+    return not wandb.login(prompt=False, verify=False)
