@@ -62,6 +62,7 @@ def save_hf(model: Decoder, folder: Path, *, tokenizer_file: Path, eos_id: int) 
     try:
         partial.mkdir(parents=True)
         save_file(_their_tensors(model, family), partial / WEIGHTS, metadata={"format": "pt"})
+        (partial / WEIGHTS).chmod(partial.stat().st_mode & 0o666)  # safetensors leaves 0600, whatever the umask
         (partial / "tokenizer.json").write_bytes(tokenizer)
         for name, content in files.items():
             (partial / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
