@@ -25,7 +25,7 @@ from pipeline.status import read_status, sentence, state_of
 from pipeline.train.saving.storage import LocalShelf
 from pipeline.train.step import Trainer
 from tests.end_to_end.test_bad_runs import files_of, mistake
-from tests.support import record, run_pretrain, run_ranks, start_pretrain, tiny_settings, write_config
+from tests.support import make_dataset, record, run_pretrain, run_ranks, start_pretrain, tiny_settings, write_config
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -128,6 +128,29 @@ def test_a_folder_renamed_midway_ends_all_ranks(config: Path, tmp_path: Path) ->
     assert code != 0
     assert f"error: {tmp_path / 'run'} was renamed, removed or replaced" in printed
     assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_started_again_is_told_of_another_run_dir(config: Path, dataset: Path, tmp_path: Path) -> None:
+    """Whatever speaks against going on: data, model, settings, or that there is nothing left to do."""
+    go(config)
+    other = make_dataset(tmp_path / "other", documents=60, seed=2)
+    for flags in (
+        ("--optim.lr", "1e-2"),
+        ("--train.batch-tokens", "512"),
+        ("--train.precision", "bf16"),
+        ("--model.d-model", "64"),
+        ("--seed", "3"),
+        ("--data.path", str(other)),
+        (
+            *("--train.batch-tokens", "512", "--train.steps", "null", "--train.tokens", "9000"),
+            *("--checkpoint.allow-changes", "true"),
+        ),
+    ):
+        assert "--run-dir" in mistake(config, *flags), flags
+    for flags in ((), ("--eval.every", "3")):
+        printed = go(config, *flags)
+        assert "already at step 12 of 12; raise train.steps to go further, or begin another run with" in printed
+        assert f" --run-dir {tmp_path / 'run-2'}" in printed
 
 
 def run_id(folder: Path) -> str:

@@ -18,7 +18,7 @@ from pipeline.data.exchange.foreign_files import LLMC_DTYPES, LLMC_HEADER_INTS
 from pipeline.data.manifest import SplitName
 from pipeline.data.shards import token_dtype
 from pipeline.errors import UserError
-from pipeline.files import fsync_folder
+from pipeline.files import fsync_folder, naming
 from pipeline.locks import locked
 
 SHARD_TOKENS = 100_000_000
@@ -80,7 +80,7 @@ def _write(path: Path, tokens: TokenSplit, *, start: int, stop: int, key: tuple[
     """One shard: ids [start, stop) of the stream turned by one token, behind its header."""
     header = np.zeros(LLMC_HEADER_INTS, "<i4")
     header[:3] = (*key, stop - start)
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         file.write(header.tobytes())
         if start == 0:
             file.write(tokens.tokens(tokens.n_tokens - 1, tokens.n_tokens).astype(LLMC_DTYPES[key]).tobytes())

@@ -57,16 +57,17 @@ def refuse_another_run(
         )
     if changes and not config.checkpoint.allow_changes:
         raise UserError(
-            f"settings differ from those of {checkpoint}; restore them, or go on with the new ones by "
-            "--checkpoint.allow-changes true (a schedule without a horizon of its own ends with train.steps):\n  "
-            + "\n  ".join(changes.values())
+            f"settings differ from those of {checkpoint}; restore them, begin another run with --run-dir NAME, or go "
+            "on here with the new ones by --checkpoint.allow-changes true (a schedule without a horizon of its own "
+            "ends with train.steps):\n  " + "\n  ".join(changes.values())
         )
     lengths = (config.train.tokens, config.optim.warmup_tokens, config.optim.horizon_tokens)
     sizes = [changes[key] for key in ("train.batch_tokens", "train.batch_ramp") if key in changes]
     if sizes and any(lengths):
         raise UserError(
             f"{'; '.join(sizes)}: lengths given in tokens are counted in steps of one course of batch sizes; "
-            "give train.steps, optim.warmup_steps and optim.horizon_steps instead"
+            "give train.steps, optim.warmup_steps and optim.horizon_steps instead, or begin another run with --run-dir "
+            "NAME"
         )
     for line in changes.values():
         say(f"changed on resuming: {line}")
