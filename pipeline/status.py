@@ -66,8 +66,8 @@ def read_status(run_dir: Path) -> Status:
 def is_alive(run_dir: Path, status: Status) -> bool:
     """Whether the process of a run that is "running" is there: it holds the lock of the folder.
 
-    Where locks cannot tell (a file system without them, or one that does not carry them from the host of the run to
-    this one), it is there as long as its heartbeat is young.
+    Where the lock cannot tell (its file was removed, the file system has no locks or does not carry them from the
+    host of the run to this one), the process is there as long as its heartbeat is young.
     """
     path = run_dir / LOCK_NAME
     try:
@@ -76,7 +76,7 @@ def is_alive(run_dir: Path, status: Status) -> bool:
         found = "no locks"
     if found == "held":
         return True
-    if found == "free" and holder(path).get("host", socket.gethostname()) == socket.gethostname():
+    if found == "free" and holder(path).get("host") == socket.gethostname():
         return False
     age = age_of(status)
     return age is not None and age < STALE

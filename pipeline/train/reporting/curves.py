@@ -5,8 +5,11 @@ In: the lines of metrics.jsonl. Out: loss and learning rate over steps. Needs ma
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+from pipeline.files import write_durably
 
 
 def draw_curves(lines: list[dict[str, Any]], path: Path, *, title: str) -> None:
@@ -52,9 +55,9 @@ def draw_curves(lines: list[dict[str, Any]], path: Path, *, title: str) -> None:
     norms.yaxis.set(major_formatter=_plain_numbers(), minor_formatter=_plain_numbers())
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
-    temporary = path.with_name(f".{path.name}.partial")
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.replace(path)
+    picture = BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_durably(path, picture.getvalue())
 
 
 def _plain_numbers() -> Any:

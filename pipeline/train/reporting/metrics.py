@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Required
 
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.markup import escape
 from typing_extensions import TypedDict
@@ -119,7 +119,6 @@ def meter_of(config: Config, model: Decoder, runtime: Runtime) -> Meter:
     return Meter(flops_per_token=flops, peak_flops=None if peak is None else peak * runtime.world_size)
 
 
-@with_config(ConfigDict(strict=True, extra="allow"))
 class Line(TypedDict, total=False):
     """One line of metrics.jsonl; docs/run_folder.md says what each key means. Of a blend also val_loss/NAME."""
 
@@ -189,7 +188,7 @@ def read_record(path: Path) -> list[dict[str, Any]]:
                 break
             raise _bad_line(path, number, "is not JSON") from None
         try:
-            _LINE.validate_python(values)
+            _LINE.validate_python(values, strict=True)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or type(values).__name__
