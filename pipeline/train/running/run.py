@@ -269,9 +269,10 @@ class Run:
             self.store.finish()
         if self.trackers is not None:
             self.trackers.finish()
-        self._closed.set()
-        self._held.check()
-        self._held.release()
+        with self._telling:
+            self._closed.set()
+            self._held.check()
+            self._held.release()
         self.runtime.pulse.on_end = None
 
     def _tell(
@@ -304,7 +305,7 @@ class Run:
         """Say every few seconds that this process lives, and how far it is; a thread of its own does that."""
         while not self._closed.wait(HEARTBEAT):
             with self._telling, suppress(OSError):  # told when the status changes
-                if self._status.exit_code is None:
+                if not self._closed.is_set():
                     self._write_status()
 
     def _failed(self, exit_code: int, message: str) -> None:
