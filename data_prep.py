@@ -123,7 +123,8 @@ def summary(output: Path, manifest: Manifest) -> str:
         held = f"{counted(documents, 'document')}, {counted(tokens, 'token')}, {counted(text, 'byte')} of text"
         lines.append(f"{split}: {held}{ratio}")
     lines.append(f"split: {manifest.split_rule}")
-    lines.append(f"tokenizer: {manifest.vocab_size:,} tokens, {manifest.dtype}, EOS {manifest.eos_id}")
+    around = f"a document is the ids of its text and EOS {manifest.eos_id}, nothing else is added"
+    lines.append(f"tokenizer: {manifest.vocab_size:,} tokens, {manifest.dtype}; {around}")
     for reason, count in manifest.drops.items():
         lines.append(f"dropped: {count:,} x {reason} (see {output / 'quarantine.jsonl'})")
     all_tokens = sum(manifest.total(split, "tokens") for split in manifest.splits)

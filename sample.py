@@ -24,11 +24,11 @@ if __name__ == "__main__":
 import torch
 import tyro
 
-from pipeline.data.tokenizer import TextTokenizer
+from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.errors import UserError, run_command
 from pipeline.generate.decode import Options, to_bf16
 from pipeline.generate.text import Piece, finished, write
-from pipeline.model.hf import hf_eos_ids, is_hf_folder, load_hf
+from pipeline.model.hf import is_hf_folder, load_hf
 from pipeline.model.transformer import Decoder
 from pipeline.train.saving.checkpoint import load_model, read_state, resolve_checkpoint
 from pipeline.train.saving.storage import read_bytes
@@ -119,9 +119,8 @@ def choose_device(name: str) -> torch.device:
 def load(source: str, *, device: torch.device) -> tuple[Decoder, TextTokenizer, frozenset[int]]:
     """Model, tokenizer and the tokens that end a text. Errors: nothing to load, or a tokenizer that is not its own."""
     if is_hf_folder(folder := Path(source)):
-        ends = hf_eos_ids(folder)
-        tokenizer = TextTokenizer.from_file(folder / "tokenizer.json", eos=min(ends, default=None))
-        return load_hf(folder).to(device), tokenizer, ends or frozenset({tokenizer.eos_id})
+        tokenizer = load_tokenizer(str(folder / "tokenizer.json"))
+        return load_hf(folder).to(device), tokenizer, tokenizer.end_ids
     checkpoint = resolve_checkpoint(source)
     state = read_state(checkpoint)
     definition = json.loads(read_bytes(checkpoint / "tokenizer.json"))
@@ -132,7 +131,7 @@ def load(source: str, *, device: torch.device) -> tuple[Decoder, TextTokenizer, 
             f"is {tokenizer.fingerprint[:12]}: put the dataset's tokenizer.json back"
         )
     model, _ = load_model(checkpoint, device=device)
-    return model, tokenizer, frozenset({tokenizer.eos_id})
+    return model, tokenizer, tokenizer.end_ids
 
 
 def print_as_it_comes(pieces: Iterator[Piece], prompt: str) -> None:

@@ -35,9 +35,8 @@ def main() -> None:
     initialise(model, seed=1)
     model.eval()
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = Path(folder) / "tokenizer.json"
-        load_tokenizer("bytes").save(tokenizer)
-        save_hf(model, Path(folder) / "hf", tokenizer_file=tokenizer, eos_id=256)
+        files = load_tokenizer("bytes").exported(context_length=model.config.context_length)
+        save_hf(model, Path(folder) / "hf", tokenizer_files=files, eos_id=256)
         theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "hf", dtype=torch.float32)
         theirs.train(False)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {PROMPT} + {new} tokens")

@@ -8,13 +8,14 @@ In: a run folder (its newest checkpoint) or a checkpoint. Out: a new folder that
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 import tyro
 
+from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import run_command
 from pipeline.model.hf import save_hf
 from pipeline.train.saving.checkpoint import load_model, read_state, resolve_checkpoint
@@ -37,10 +38,10 @@ def main() -> None:
     checkpoint = resolve_checkpoint(arguments.source)
     model, _ = load_model(checkpoint, device=torch.device("cpu"))
     eos_id = read_state(checkpoint).tokenizer_eos_id
-    with TemporaryDirectory() as scratch:
-        tokenizer_file = Path(scratch, "tokenizer.json")
-        tokenizer_file.write_bytes(read_bytes(checkpoint / "tokenizer.json"))
-        save_hf(model, arguments.folder, tokenizer_file=tokenizer_file, eos_id=eos_id)
+    definition = json.loads(read_bytes(checkpoint / "tokenizer.json"))
+    tokenizer = TextTokenizer.from_definition(definition, origin=str(checkpoint / "tokenizer.json"), eos=eos_id)
+    files = tokenizer.exported(context_length=model.config.context_length)
+    save_hf(model, arguments.folder, tokenizer_files=files, eos_id=eos_id)
     print(f"{checkpoint} -> {arguments.folder}")
 
 

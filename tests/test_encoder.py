@@ -285,7 +285,7 @@ def test_ids_of_a_large_vocabulary_keep_their_value() -> None:
     words = {f"w{number}": number for number in range(70_000)}
     tokenizer = Tokenizer(models.WordLevel({**words, "[UNK]": 70_000, EOS: 70_001}, unk_token="[UNK]"))  # noqa: S106
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    large = TextTokenizer.from_definition(json.loads(tokenizer.to_str()), origin="large")
+    large = TextTokenizer.from_definition(json.loads(tokenizer.to_str()), origin="large", eos=EOS)
     ids, lengths = Encoder(large, backend="tokenizers").encode([b"w69999 w0", b"w65536"], end=large.eos_id)
     assert (ids.tolist(), lengths.tolist()) == ([69_999, 0, 70_001, 65_536, 70_001], [3, 2])
 
@@ -384,5 +384,5 @@ def test_the_unknown_token_is_known() -> None:
     assert encoder.unknown_id == 1
     assert encoder.encode([b"a b a"])[0].tolist() == [0, 1, 0]
     pieces = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0), (EOS, -9.0)], unk_id=0))
-    unigram = TextTokenizer.from_definition(json.loads(pieces.to_str()), origin="u")
+    unigram = TextTokenizer.from_definition(json.loads(pieces.to_str()), origin="u", eos=EOS)
     assert Encoder(unigram, backend="tokenizers").unknown_id == 0

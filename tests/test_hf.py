@@ -24,9 +24,10 @@ from pipeline.config import ModelConfig
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.generate.decode import Options, generate
-from pipeline.model.hf import hf_eos_ids, is_hf_folder, load_hf, save_hf
+from pipeline.model.hf import is_hf_folder, load_hf, save_hf
 from pipeline.model.transformer import Decoder, build_model, initialise
 
+Files = dict[str, bytes]
 N_TOKENS = 257  # no multiple of 64
 LLAMA: dict[str, Any] = {"norm": "rmsnorm", "position": "rotary", "mlp": "swiglu", "bias": False}
 OURS: list[dict[str, Any]] = [
@@ -58,10 +59,8 @@ def scatter_vectors(model: torch.nn.Module) -> None:
 
 
 @pytest.fixture(scope="module")
-def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    load_tokenizer("bytes").save(file)
-    return file
+def tokenizer_files() -> dict[str, bytes]:
+    return load_tokenizer("bytes").exported(context_length=64)
 
 
 @torch.no_grad()
@@ -79,9 +78,9 @@ def assert_same_model(ours: Decoder, theirs: Any) -> None:
 
 
 @pytest.mark.parametrize("settings", OURS, ids=str)
-def test_ours_in_transformers_and_back(settings: dict[str, Any], tokenizer_file: Path, tmp_path: Path) -> None:
+def test_ours_in_transformers_and_back(settings: dict[str, Any], tokenizer_files: Files, tmp_path: Path) -> None:
     model, folder = make_model(**settings), tmp_path / "new" / "hf"
-    save_hf(model, folder, tokenizer_file=tokenizer_file, eos_id=256)
+    save_hf(model, folder, tokenizer_files=tokenizer_files, eos_id=256)
     theirs, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
     assert theirs.config.vocab_size == theirs.get_input_embeddings().num_embeddings == N_TOKENS
@@ -123,8 +122,8 @@ def test_theirs_here(family: str, shard: str, tied: bool, tmp_path: Path) -> Non
     assert_same_model(ours, theirs)
 
 
-def test_the_tokenizer_travels_with_its_eos(tokenizer_file: Path, tmp_path: Path) -> None:
-    save_hf(make_model(), tmp_path / "hf", tokenizer_file=tokenizer_file, eos_id=256)
+def test_the_tokenizer_travels_with_its_eos(tokenizer_files: Files, tmp_path: Path) -> None:
+    save_hf(make_model(), tmp_path / "hf", tokenizer_files=tokenizer_files, eos_id=256)
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
     text = "héllo, wörld . 你好 ' s\n"
     assert theirs.encode(text) == load_tokenizer("bytes").encode(text)
@@ -132,13 +131,13 @@ def test_the_tokenizer_travels_with_its_eos(tokenizer_file: Path, tmp_path: Path
     assert (theirs.eos_token, theirs.eos_token_id, theirs.model_max_length) == ("<|endoftext|>", 256, 64)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").generation_config.eos_token_id == 256
     assert is_hf_folder(tmp_path / "hf")
-    assert hf_eos_ids(tmp_path / "hf") == {256}
+    assert load_tokenizer(str(tmp_path / "hf")).end_ids == {256}
 
 
-def test_weights_of_older_files_load(tokenizer_file: Path, tmp_path: Path) -> None:
+def test_weights_of_older_files_load(tokenizer_files: Files, tmp_path: Path) -> None:
     """As openai-community/gpt2 is stored: no prefix, buffers among the weights; Llama folders of transformers 4."""
     model, folder = make_model(), tmp_path / "gpt2"
-    save_hf(model, folder, tokenizer_file=tokenizer_file, eos_id=256)
+    save_hf(model, folder, tokenizer_files=tokenizer_files, eos_id=256)
     tensors = load_file(folder / "model.safetensors")
     old = {name.removeprefix("transformer."): tensor.half() for name, tensor in tensors.items()}
     buffers = {"h.0.attn.bias": torch.ones(1, 1, 64, 64), "h.0.attn.masked_bias": torch.tensor(-1e4)}
@@ -148,15 +147,15 @@ def test_weights_of_older_files_load(tokenizer_file: Path, tmp_path: Path) -> No
     tokens = torch.arange(64)[None]
     torch.testing.assert_close(loaded(tokens), model(tokens), atol=0.05, rtol=0.05)
     model, folder = make_model(**LLAMA, rope_theta=300.0), tmp_path / "llama"
-    save_hf(model, folder, tokenizer_file=tokenizer_file, eos_id=256)
+    save_hf(model, folder, tokenizer_files=tokenizer_files, eos_id=256)
     change_config(folder, rope_parameters=None, rope_scaling=None)
     torch.testing.assert_close(load_hf(folder)(tokens), model(tokens))
 
 
-def test_a_model_that_no_family_expresses_is_refused_with_every_reason(tokenizer_file: Path, tmp_path: Path) -> None:
+def test_a_model_that_no_family_expresses_is_refused_with_every_reason(tokenizer_files: Files, tmp_path: Path) -> None:
     model = make_model(norm_position="post", position="sinusoidal", windows=(8,), logit_soft_cap=30.0, n_kv_heads=2)
     with pytest.raises(UserError) as caught:
-        save_hf(model, tmp_path / "hf", tokenizer_file=tokenizer_file, eos_id=256)
+        save_hf(model, tmp_path / "hf", tokenizer_files=tokenizer_files, eos_id=256)
     gpt2, llama = (line for line in str(caught.value).splitlines() if "GPT2" in line or "Llama" in line)
     for feature in ("norm_position post", "position sinusoidal", "windows [8]", "logit_soft_cap 30", "kv_heads 2"):
         assert feature in gpt2
@@ -166,21 +165,19 @@ def test_a_model_that_no_family_expresses_is_refused_with_every_reason(tokenizer
 
 
 def test_nothing_is_overwritten_and_nothing_half_written_stays(
-    tokenizer_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tokenizer_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "mine").touch()
     with pytest.raises(UserError, match="not an empty folder"):
-        save_hf(make_model(), tmp_path / "used", tokenizer_file=tokenizer_file, eos_id=256)
-    with pytest.raises(UserError, match="no token 300"):
-        save_hf(make_model(), tmp_path / "hf", tokenizer_file=tokenizer_file, eos_id=300)
+        save_hf(make_model(), tmp_path / "used", tokenizer_files=tokenizer_files, eos_id=256)
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.model.hf.save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(UserError, match="disk full"):
-            save_hf(make_model(), tmp_path / "hf", tokenizer_file=tokenizer_file, eos_id=256)
+            save_hf(make_model(), tmp_path / "hf", tokenizer_files=tokenizer_files, eos_id=256)
     assert [path.name for path in tmp_path.iterdir()] == ["used"]
     (tmp_path / "empty").mkdir()
-    save_hf(make_model(), tmp_path / "empty", tokenizer_file=tokenizer_file, eos_id=256)
+    save_hf(make_model(), tmp_path / "empty", tokenizer_files=tokenizer_files, eos_id=256)
     assert is_hf_folder(tmp_path / "empty")
 
 
@@ -215,19 +212,19 @@ def change_config(folder: Path, **changes: Any) -> None:
     ],
 )
 def test_folders_that_mean_something_else_are_refused(
-    settings: dict[str, Any], changes: dict[str, Any], message: str, tokenizer_file: Path, tmp_path: Path
+    settings: dict[str, Any], changes: dict[str, Any], message: str, tokenizer_files: Files, tmp_path: Path
 ) -> None:
-    save_hf(make_model(**settings), tmp_path / "hf", tokenizer_file=tokenizer_file, eos_id=256)
+    save_hf(make_model(**settings), tmp_path / "hf", tokenizer_files=tokenizer_files, eos_id=256)
     change_config(tmp_path / "hf", **changes)
     with pytest.raises(UserError, match=message):
         load_hf(tmp_path / "hf")
 
 
-def test_missing_and_damaged_files_are_named(tokenizer_file: Path, tmp_path: Path) -> None:
+def test_missing_and_damaged_files_are_named(tokenizer_files: Files, tmp_path: Path) -> None:
     folder = tmp_path / "hf"
     with pytest.raises(UserError, match=r"config\.json"):
         load_hf(folder)
-    save_hf(make_model(), folder, tokenizer_file=tokenizer_file, eos_id=256)
+    save_hf(make_model(), folder, tokenizer_files=tokenizer_files, eos_id=256)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"cannot read .*model\.safetensors"):

@@ -38,7 +38,7 @@ DOORS = {
     "distributed": {"data/preparing/executors.py"},
     "datasets": {"data/reading/hub.py"},
     "filelock": {"locks.py"},
-    "tokenizers": {"data/tokenizer.py"},
+    "tokenizers": {"data/tokenizer.py", "data/tokenizer_library.py", "data/tokenizer_training.py"},
     "gigatoken": {"data/preparing/encoder.py"},
     "huggingface_hub": {"data/reading/hub.py", "data/tokenizer_files.py"},
     "fsspec": {"train/saving/storage.py"},

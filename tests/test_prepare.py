@@ -1003,12 +1003,12 @@ def test_the_text_of_the_end_is_text_to_any_tokenizer(tmp_path: Path, model: Any
     texts = [f"document {number} </s>{'</s> and' * (number % 3)} more" for number in range(150)]
     write_lines(tmp_path / "a.jsonl", texts)
     file = tokenizer_file(tmp_path, model, special=special)
-    manifest, said = run(request(tmp_path / "a.jsonl", tokenizer=file, val_fraction=0.0))
+    manifest, said = run(request(tmp_path / "a.jsonl", tokenizer=file, val_fraction=0.0, eos="</s>"))
     assert documents(tmp_path / "out", "train") == texts
     assert "is whole: 150 documents" in verify(tmp_path / "out")
     assert manifest.noticed == {"documents with the text of a special token": 150}
     assert "warning" not in said
-    again, _ = run(request(tmp_path / "a.jsonl", "again", tokenizer=file, val_fraction=0.0, workers=2))
+    again, _ = run(request(tmp_path / "a.jsonl", "again", tokenizer=file, val_fraction=0.0, eos="</s>", workers=2))
     assert again.data_digest == manifest.data_digest
 
 

@@ -79,7 +79,7 @@ def test_vocabularies_end_with_their_highest_id() -> None:
     words = {"a": 7, "[UNK]": 1, EOS: 12}
     sparse = json.loads(Tokenizer(models.WordLevel(words, unk_token="[UNK]")).to_str())  # noqa: S106 - a token of text
     for definition, size in ((extended, 302), (pieces, 3), (sparse, 13)):
-        ours = TextTokenizer.from_definition(definition, origin="test")
+        ours = TextTokenizer.from_definition(definition, origin="test", eos="</s>" if definition is pieces else EOS)
         library = Tokenizer.from_str(json.dumps(definition)).get_vocab(with_added_tokens=True)
         assert ours.vocab_size == 1 + max(library.values()) == size
 
@@ -461,12 +461,12 @@ def test_merges_do_not_come_to_the_end(ignore_merges: bool) -> None:
         assert [tokenizer.tokenizer.id_to_token(i) for i in tokenizer.encode("abab")] == ["a", "b", "a", "b"]
     bpe.add_special_tokens(["b"])
     single = TextTokenizer.from_definition(json.loads(bpe.to_str()), origin="bpe", eos="b")
-    with pytest.raises(UserError, match="no way to write 'b', with which documents end, in other tokens"):
-        single.encode("cb")
+    with pytest.raises(UserError, match="'b' of bpe cannot end documents, for it stands for text"):
+        single.ending_documents(origin="bpe")
 
 
 def test_words_that_are_the_end_are_written_in_other_pieces() -> None:
-    vocabulary = {"[UNK]": 0, "[SEP]": 1, "a": 2, "[": 3, "##S": 4, "##E": 5, "##P": 6, "##]": 7}
+    vocabulary = {"[UNK]": 0, "[SEP]": 1, "a": 2, "[": 3, "S": 4, "##E": 5, "##P": 6, "##]": 7}
     unknown = "[UNK]"
     pieces = Tokenizer(models.WordPiece(vocabulary, unk_token=unknown))
     pieces.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -483,7 +483,7 @@ def test_an_added_end_that_is_not_special_becomes_so() -> None:
     plain = Tokenizer.from_str(json.dumps(definition))
     plain.encode_special_tokens = True
     assert TRAINED.eos_id in plain.encode("a<|endoftext|>b").ids, "what the library does is the reason for this"
-    tokenizer = TextTokenizer.from_definition(definition, origin="json").ending_documents(origin="json")
+    tokenizer = TextTokenizer.from_definition(definition, origin="json", eos=EOS).ending_documents(origin="json")
     assert [tokenizer.encode(text) for text in CORPUS] == [TRAINED.encode(text) for text in CORPUS]
     assert tokenizer.fingerprint == TRAINED.fingerprint
     assert TRAINED.ending_documents(origin="") is TRAINED
@@ -495,7 +495,7 @@ def test_no_added_token_is_lost_when_the_end_becomes_special() -> None:
     (end,) = definition["added_tokens"]
     others = [{**end, "content": content, "id": 300, "special": False} for content in ("<a>", "<b>")]
     definition["added_tokens"] = [{**end, "special": False}, *others]
-    plain = TextTokenizer.from_definition(definition, origin="json")
+    plain = TextTokenizer.from_definition(definition, origin="json", eos=EOS)
     assert plain.encode("<a><b>") == plain.ending_documents(origin="json").encode("<a><b>") == [257, 258]
 
 
@@ -519,5 +519,5 @@ def test_a_token_that_stands_for_text_cannot_end_documents(tokenizer: TextTokeni
 def test_a_word_that_no_text_comes_to_can_end_documents() -> None:
     words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2}, "<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()  # cuts the end into three
-    tokenizer = TextTokenizer.from_definition(json.loads(words.to_str()), origin="words")
+    tokenizer = TextTokenizer.from_definition(json.loads(words.to_str()), origin="words", eos="</s>")
     assert tokenizer.ending_documents(origin="words") is tokenizer

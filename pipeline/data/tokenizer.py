@@ -1,8 +1,9 @@
-"""Text to token ids and back: loading, training, identity.
+"""Text to token ids and back: what training does with text, and what a file or a folder says of its tokens.
 
 In: a name on the hub, a `tokenizer.json`, a tiktoken rank file, `train:N`, `chars` or `bytes`. Out: a
-`TextTokenizer`. Whatever the origin, it is one `tokenizers.Tokenizer` that its `tokenizer.json` describes completely;
-ids never depend on this file.
+`TextTokenizer`. Whatever the origin, it is one `tokenizers.Tokenizer` that a `tokenizer.json` describes completely.
+A document is the ids of its text and the one that ends it: nothing is put before a text, nothing is cut off or filled
+up, nothing is random, and the text of a special token is text.
 """
 
 from __future__ import annotations
@@ -10,11 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, Self
@@ -22,65 +22,91 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 import orjson
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tokenizers.decoders import DecodeStream
+from tokenizers import Tokenizer, processors
 
-from pipeline.data.manifest import canonical_json
-from pipeline.data.tokenizer_files import RANK_SUFFIX, byte_symbols, hub_definition, read_definition
-from pipeline.errors import UserError, nearest
+from pipeline.data.manifest import TOKENIZER_NAME, canonical_json
+from pipeline.data.tokenizer_files import RANK_SUFFIX, hub_tokenizer, placed, read_definition
+from pipeline.data.tokenizer_library import build, called, changes_of, encoded, find_eos, id_finder, reaches
+from pipeline.data.tokenizer_roles import Beside, Role, candidates, read_beside
+from pipeline.data.tokenizer_stream import TextStream
+from pipeline.data.tokenizer_training import EOS as EOS
+from pipeline.data.tokenizer_training import Report, byte_definition, character_definition, trained_definition
+from pipeline.errors import UserError
 from pipeline.files import write_durably
 
-EOS = "<|endoftext|>"
 TRAIN = "train:"
 UNKNOWN_NAMED = 10  # characters named when a vocabulary lacks them
-_UNREACHABLE = "\U0010ffff\ufdd0" * 8  # noncharacters: no text holds them in this way
-COMMON_EOS = (EOS, "</s>", "<eos>", "<|end_of_text|>", "<|eot_id|>", "<｜end▁of▁sentence｜>", "<EOS>", "[EOS]", "[SEP]")
 
 
 @dataclass(frozen=True, eq=False)
 class TextTokenizer:
-    """An exact, frozen tokenizer: no truncation, no padding, special-token text in documents is plain text."""
+    """An exact, frozen tokenizer, the roles of its tokens, and what its folder says of them."""
 
     tokenizer: Tokenizer
+    """Encodes as training does."""
     definition_json: bytes
     """Its `tokenizer.json`. Not kept parsed: the lists and strings of a large vocabulary take ten times the memory."""
     outline: dict[str, Any]
     """What it holds, but for the vocabulary and the merges of the model."""
+    changes: Mapping[str, Any]
+    """Parts of the `tokenizer.json` to replace in a file whose default encoding is to be that of training."""
     alphabet: frozenset[str] | None
     """All characters of a vocabulary of single characters; such a model drops others without a word."""
     vocab_size: int
     """Highest id + 1, added tokens included."""
     eos_id: int
+    """The token that ends documents."""
+    others: Mapping[Role, int]
+    """Ids of the tokens with other roles: "bos", "pad" and "mask", as far as there are any."""
+    beside: Beside | None
+    """What the folder of the file says, None for the tokenizer of a dataset or checkpoint."""
+    notes: tuple[str, ...]
+    """What a person who prepares data should know: which token was taken, and what the file does and training not."""
 
     @classmethod
     def from_file(cls, path: str | Path, *, eos: str | int | None = None) -> Self:
         """Load a `tokenizer.json`, a folder that holds one, or a tiktoken rank file.
 
-        `eos`: the token that ends documents, or its id; by default one of the common names.
+        `eos`: the token that ends documents, or its id; by default what the folder says, else a common name.
         """
         file = Path(path).expanduser()
-        return cls.from_definition(read_definition(file), origin=str(file), eos=eos)
+        return cls.from_definition(read_definition(file), origin=str(file), eos=eos, beside=_beside(file))
 
     @classmethod
-    def from_definition(cls, definition: dict[str, Any], *, origin: str, eos: str | int | None = None) -> Self:
-        """Build from the content of a `tokenizer.json`; `origin` names it in errors."""
-        if not isinstance(definition, dict) or "model" not in definition:
+    def from_definition(
+        cls, definition: dict[str, Any], *, origin: str, eos: str | int | None = None, beside: Beside | None = None
+    ) -> Self:
+        """Build from the content of a `tokenizer.json`; `origin` names it in errors, `beside` is what its folder says.
+
+        Raises `UserError` for a definition that the library does not understand, and where no token ends documents.
+        """
+        if not isinstance(definition, dict) or not isinstance(definition.get("model"), dict):
             raise UserError(f"{origin} is not a tokenizer.json: it has no 'model'")
-        definition = {**definition, "truncation": None, "padding": None}
-        try:
-            content = orjson.dumps(definition)
-            tokenizer = Tokenizer.from_buffer(content)
-        except Exception as error:  # the library raises nothing narrower
-            raise UserError(f"{origin} is not a tokenizer.json that `tokenizers` understands: {error}") from None
-        tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a document is text, not an end
+        original, definition = definition, {**definition, "truncation": None, "padding": None}
+        content = orjson.dumps(definition)
+        tokenizer = build(content, origin=origin)
+        added = tokenizer.get_added_tokens_decoder().items()
+        specials = {str(token.content): int(number) for number, token in added if token.special}
+        eos_id, note = find_eos(tokenizer, eos, specials=specials, beside=beside or Beside(), origin=origin)
+        changes, notes = changes_of(original, tokenizer, eos_id)
+        if "pre_tokenizer" in changes:
+            tokenizer = build(orjson.dumps({**definition, **changes}), origin=origin)
+        others: tuple[Role, ...] = ("bos", "pad", "mask")
+        found = {
+            role: candidates(role, beside or Beside(), specials=specials, id_of=id_finder(tokenizer)) for role in others
+        }
         model = {key: value for key, value in definition["model"].items() if key not in ("vocab", "merges")}
         return cls(
             tokenizer=tokenizer,
             definition_json=content,
             outline={**definition, "model": model},
+            changes=changes,
             alphabet=_alphabet(definition),
             vocab_size=1 + max(_ids(definition, tokenizer), default=-1),
-            eos_id=_find_eos(tokenizer, eos, origin=origin),
+            eos_id=eos_id,
+            others={role: next(iter(ids)) for role, ids in found.items() if ids},
+            beside=beside,
+            notes=(*note, *notes),
         )
 
     @property
@@ -109,8 +135,14 @@ class TextTokenizer:
         number = None if token is None else self.tokenizer.token_to_id(token)
         return None if number is None else int(number)
 
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that end a generated text: what the folder says, or the one that ends documents."""
+        said = self.beside.end_ids if self.beside is not None else frozenset()
+        return said or frozenset({self.eos_id})
+
     def encode(self, text: str) -> list[int]:
-        """Ids of a prompt, nothing added."""
+        """Ids of a text, nothing added."""
         ids, _ = self.encode_batch([text])
         return [int(i) for i in ids]
 
@@ -121,96 +153,97 @@ class TextTokenizer:
         """
         if self.alphabet is not None:
             self._check_characters(texts)
-        ids, lengths = _encoded(self.tokenizer, texts)
-        if bool((ids == self.eos_id).any()) and self._without_end is not None:
-            return self._spelled(texts, np.split(ids, np.cumsum(lengths)[:-1]), self._without_end)
-        return ids, lengths
+        return encoded(self.tokenizer, texts)
 
-    def _spelled(
-        self, texts: Sequence[str], encoded: list[npt.NDArray[np.uint32]], without_end: Tokenizer
-    ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-        """Ids and lengths once more, where the end of a document stood for its text: that is made of other tokens."""
-        for number, text in enumerate(texts):
-            if self.eos_id in encoded[number]:
-                before, (encoded[number], _) = encoded[number], _encoded(without_end, [text])
-                if self.unknown_id is None and self.decode(encoded[number]) != self.decode(before):
-                    raise UserError(
-                        f"the tokenizer has no way to write {self.eos_token!r}, with which documents end, in other "
-                        "tokens; leave it out of the text, or choose another end with --eos"
-                    )
-        return np.concatenate(encoded), np.array([len(ids) for ids in encoded], np.int64)
+    def prompt(self, text: str) -> list[int]:
+        """Ids of a text to be continued, as it was encoded in training; those of a folder, as that does by default.
+
+        By default a folder may put a token before each text, and take the text of a special token for the token. What
+        it puts after a text is left out, for that would end it. An empty text is the token that begins texts.
+        """
+        if self.beside is None:
+            return self.encode(text) or [self.eos_id]
+        if self.alphabet is not None:
+            specials = [] if self.beside.splits_specials else self.outline.get("added_tokens") or []
+            self._check_characters([_without(text, [entry["content"] for entry in specials])])
+        encoding = called(lambda: self._default.encode(text))
+        within = [place for place, added in enumerate(encoding.special_tokens_mask) if not added]
+        if within:
+            return [int(number) for number in encoding.ids[: within[-1] + 1]]
+        put = [number for number in encoding.ids if number != self.eos_id]
+        return [self.others.get("bos", put[0] if put else self.eos_id)]
 
     @cached_property
-    def _without_end(self) -> Tokenizer | None:
-        """The same tokenizer, but no text is encoded with the token that ends documents.
-
-        Special tokens are not looked for in text, but a model that has the token in its vocabulary (T5's) can still
-        come to it. None where that is as it was meant: it is no added token, or the one for unknown text.
-        """
-        added, token = self.outline.get("added_tokens") or [], self.eos_token
-        if self.eos_id == self.unknown_id or all(entry["id"] != self.eos_id for entry in added):
-            return None
-        definition = self.definition
-        model = definition["model"]
-        if isinstance(model["vocab"], list):  # Unigram: token and score, in the order of ids
-            vocabulary: Any = [[_UNREACHABLE if word == token else word, score] for word, score in model["vocab"]]
-        else:
-            vocabulary = {_UNREACHABLE if word == token else word: number for word, number in model["vocab"].items()}
-        model = {**model, "vocab": vocabulary}
-        if "merges" in model:
-            prefix = model.get("continuing_subword_prefix") or ""
-            pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-            model["merges"] = [
-                [left, right] for left, right in pairs if token not in (left, right, left + right.removeprefix(prefix))
-            ]
-        definition["added_tokens"] = [  # each keeps its place, from which ids follow
-            {**entry, "content": _UNREACHABLE, "special": True} if entry["id"] == self.eos_id else entry
-            for entry in added
-        ]
-        twin = Tokenizer.from_str(json.dumps({**definition, "model": model, "post_processor": None}))
-        twin.encode_special_tokens = True
-        return twin
+    def _default(self) -> Tokenizer:
+        """Encodes as the folder does by default."""
+        assert self.beside is not None, "a tokenizer without a folder has no other default"
+        tokenizer = build(self.definition_json, origin=TOKENIZER_NAME)
+        tokenizer.encode_special_tokens = self.beside.splits_specials
+        if self.beside.adds is not None:
+            wanted = zip(self.beside.adds, (self.others.get("bos"), self.eos_id), strict=True)
+            ids = [number if adds else None for adds, number in wanted]
+            before, after = ([(str(tokenizer.id_to_token(n)), n)] if n is not None else [] for n in ids)
+            template = [*(token for token, _ in before), "$A", *(token for token, _ in after)]
+            tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=before + after)
+        return tokenizer
 
     def ending_documents(self, *, origin: str) -> TextTokenizer:
         """The tokenizer for documents that end with its EOS: this one, or the same with EOS marked as special.
 
         Text of a special token is encoded as text; an added token that is not special would end documents within.
-        Raises `UserError` for an ordinary token, which stands for text.
+        Raises `UserError` for a token that stands for text.
         """
         entries = self.outline.get("added_tokens") or []
         added = {entry["id"]: entry for entry in entries}
-        if self.eos_id not in added:
-            text = self.decode([self.eos_id])
-            trials = [self.eos_token, text, f"a{text}", f"{text} {text}"]
-            if "\ufffd" in text or any(self.eos_id in self.encode(trial) for trial in self._writable(trials)):
-                specials = ", ".join(sorted(entry["content"] for entry in added.values())[:20]) or "none"
-                raise UserError(
-                    f"the token {self.eos_token!r} of {origin} cannot end documents, for it stands for text in them; "
-                    f"choose a special one with --eos TOKEN (its special tokens: {specials}), or list it in the "
-                    "added_tokens of the tokenizer.json as special"
-                )
-        elif not added[self.eos_id].get("special"):
+        if self.eos_id in added and not added[self.eos_id].get("special"):
             entries = [{**entry, "special": True} if entry["id"] == self.eos_id else entry for entry in entries]
             definition = {**self.definition, "added_tokens": entries}
-            return TextTokenizer.from_definition(definition, origin=origin, eos=self.eos_id)
+            marked = TextTokenizer.from_definition(definition, origin=origin, eos=self.eos_id, beside=self.beside)
+            kept = tuple(note for note in self.notes if note not in marked.notes)
+            return replace(marked, notes=kept + marked.notes).ending_documents(origin=origin)
+        text = self.decode([self.eos_id])
+        spelled = "\ufffd" in text and self.eos_id not in added  # bytes within characters
+        if spelled or (self.eos_id != self.unknown_id and reaches(self.tokenizer, self.eos_id, [self.eos_token, text])):
+            specials = ", ".join(sorted(entry["content"] for entry in added.values())[:20]) or "none"
+            raise UserError(
+                f"the token {self.eos_token!r} of {origin} cannot end documents, for it stands for text in them; "
+                f"choose a special one with --eos TOKEN (its special tokens: {specials}), or list it in the "
+                "added_tokens of the tokenizer.json as special"
+            )
         return self
 
-    def _writable(self, texts: Iterable[str]) -> Iterator[str]:
-        """Those of which the tokenizer knows all characters and words."""
-        for text in texts:
-            try:
-                self.encode(text)
-            except UserError:
-                continue
-            yield text
+    def exported(self, *, context_length: int) -> dict[str, bytes]:
+        """Files of a Hugging Face folder, by name, with which `AutoTokenizer` encodes by default as training does.
+
+        `context_length`: tokens that the model of the folder takes.
+        """
+        definition = {**self.definition, **self.changes}
+        if definition["model"].get("dropout"):
+            definition["model"]["dropout"] = None
+        names = {role: str(self.tokenizer.id_to_token(number)) for role, number in self.others.items()}
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": self.eos_token,  # a document of the training data begins after an EOS
+            "eos_token": self.eos_token,
+            **{f"{role}_token": names[role] for role in ("pad", "mask") if role in names},
+            "add_bos_token": False,
+            "add_eos_token": False,
+            "split_special_tokens": True,
+            "model_max_length": context_length,
+            "clean_up_tokenization_spaces": False,
+        }
+        return {
+            TOKENIZER_NAME: orjson.dumps(definition),
+            "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n",
+        }
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, special tokens included."""
         return str(self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False))
 
-    def stream(self) -> TextStream:
-        """An incremental decoder for ids that arrive one by one."""
-        return TextStream(self.tokenizer)
+    def stream(self, *, context: Sequence[int] = ()) -> TextStream:
+        """An incremental decoder for ids that arrive one by one, after the ids `context` of a whole text."""
+        return TextStream(self.decode, self.tokenizer.id_to_token, decoder=self.outline.get("decoder"), context=context)
 
     def save(self, path: Path) -> None:
         """Write the `tokenizer.json`; loading it again gives the same fingerprint."""
@@ -230,34 +263,32 @@ class TextTokenizer:
             )
 
 
-class TextStream:
-    """Decodes ids one by one; a character that spans several tokens comes out with its last."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._stream = DecodeStream([], skip_special_tokens=False)
-
-    def push(self, token_id: int) -> str:
-        """Text that `token_id` completes, possibly none yet."""
-        return self._stream.step(self._tokenizer, int(token_id)) or ""
-
-
-def load_tokenizer(name: str, *, texts: Iterable[str] = (), eos: str | None = None) -> TextTokenizer:
+def load_tokenizer(
+    name: str, *, texts: Iterable[str] = (), eos: str | None = None, report: Report | None = None
+) -> TextTokenizer:
     """Make the tokenizer that `--tokenizer NAME` asks for.
 
-    `texts` is read only by `chars` (all of it) and `train:N` (give it a bounded sample in a fixed order).
-    Raises `UserError` for a name that is neither known, nor a file, nor reachable.
+    `texts` is read only by `chars` (all of it) and `train:N` (give it a bounded sample in a fixed order); that takes
+    time, of which `report` is called with a line every 30 s. Raises `UserError` for a name that is neither known, nor
+    a file, nor reachable, and for a file that contradicts itself.
     """
     if name == "bytes":
-        return TextTokenizer.from_definition(_byte_definition(), origin=name, eos=eos)
+        return TextTokenizer.from_definition(byte_definition(), origin=name, eos=eos)
     if name == "chars":
-        return TextTokenizer.from_definition(_character_definition(texts), origin=name, eos=eos)
+        return TextTokenizer.from_definition(character_definition(texts, report=report), origin=name, eos=eos)
     if name.startswith(TRAIN):
-        return TextTokenizer.from_definition(_trained_definition(_trained_size(name), texts), origin=name, eos=eos)
+        trained = trained_definition(_trained_size(name), texts, report=report)
+        return TextTokenizer.from_definition(trained, origin=name, eos=eos)
     if _is_file(name):
-        return TextTokenizer.from_file(name, eos=eos)
-    _check_hub_name(name)
-    return TextTokenizer.from_definition(hub_definition(name), origin=name, eos=eos)
+        file = Path(name).expanduser()
+        definition, beside = read_definition(file), _beside(file)
+    else:
+        _check_hub_name(name)
+        definition, beside = hub_tokenizer(name)
+    ids = id_finder(build(orjson.dumps(definition), origin=name))
+    added = {entry["content"]: ids(entry["content"]) for entry in definition.get("added_tokens") or []}
+    definition = placed(definition, added, origin=name)
+    return TextTokenizer.from_definition(definition, origin=name, eos=eos, beside=beside)
 
 
 def check_tokenizer_name(name: str) -> None:
@@ -299,14 +330,16 @@ def _check_hub_name(name: str) -> None:
     )
 
 
-def _encoded(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-    try:
-        encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-    except Exception as error:  # the library raises nothing narrower, e.g. for a word outside a WordLevel vocabulary
-        raise UserError(f"the tokenizer cannot encode this text: {error}; use one that covers all text") from None
-    lengths = np.array([len(encoding) for encoding in encodings], np.int64)
-    flat = chain.from_iterable(encoding.ids for encoding in encodings)
-    return np.fromiter(flat, np.uint32, count=int(lengths.sum())), lengths
+def _beside(file: Path) -> Beside:
+    """What the folder of a `tokenizer.json` says; other files are alone."""
+    folder = file if file.is_dir() else file.parent
+    return read_beside(folder) if file.is_dir() or file.name == TOKENIZER_NAME else Beside()
+
+
+def _without(text: str, parts: Iterable[str]) -> str:
+    for part in parts:
+        text = text.replace(part, "")
+    return text
 
 
 def _ids(definition: dict[str, Any], tokenizer: Tokenizer) -> Iterator[int]:
@@ -323,73 +356,8 @@ def _alphabet(definition: dict[str, Any]) -> frozenset[str] | None:
     return frozenset(token for token in model["vocab"] if len(token) == 1)
 
 
-def _find_eos(tokenizer: Tokenizer, eos: str | int | None, *, origin: str) -> int:
-    if isinstance(eos, int):
-        if not 0 <= eos < 2**32 or tokenizer.id_to_token(eos) is None:
-            raise UserError(f"{origin} has no token with the id {eos}, which was to end documents")
-        return eos
-    for wanted in COMMON_EOS if eos is None else (eos,):
-        number = tokenizer.token_to_id(wanted)
-        if number is not None:
-            return int(number)
-    specials = sorted(str(token.content) for token in tokenizer.get_added_tokens_decoder().values())
-    candidates = f"its special tokens: {', '.join(specials[:20]) or 'none'}"
-    if eos is not None:
-        raise UserError(f"{origin} has no token {eos!r} to end documents with{nearest(eos, specials)} ({candidates})")
-    raise UserError(f"{origin} has no token known to end documents; choose one with --eos TOKEN ({candidates})")
-
-
-def _with_eos(tokenizer: Tokenizer) -> dict[str, Any]:
-    tokenizer.add_special_tokens([EOS])
-    definition: dict[str, Any] = json.loads(tokenizer.to_str())
-    return definition
-
-
-def _lines() -> Any:
-    """Cut before and after each newline: words stay short, so that no book becomes one word of a million symbols."""
-    return pre_tokenizers.Split("\n", behavior="isolated")
-
-
-def _byte_definition() -> dict[str, Any]:
-    """Id = byte value, EOS = 256. A BPE without merges over the printable stand-ins of GPT-2 for bytes."""
-    vocabulary = {symbol: value for value, symbol in enumerate(byte_symbols())}
-    tokenizer = Tokenizer(models.BPE(vocab={**vocabulary, EOS: 256}, merges=[]))
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([_lines(), byte_level])
-    tokenizer.decoder = decoders.ByteLevel()
-    return _with_eos(tokenizer)
-
-
-def _character_definition(texts: Iterable[str]) -> dict[str, Any]:
-    """One id per character of the corpus in order of code points, EOS last. A BPE without merges."""
-    characters: set[str] = set()
-    for text in texts:
-        characters.update(text)
-    vocabulary = {character: number for number, character in enumerate(sorted(characters))}
-    tokenizer = Tokenizer(models.BPE(vocab={**vocabulary, EOS: len(vocabulary)}, merges=[]))
-    tokenizer.pre_tokenizer = _lines()
-    tokenizer.decoder = decoders.Fuse()
-    return _with_eos(tokenizer)
-
-
 def _trained_size(name: str) -> int:
     size, smallest = name.removeprefix(TRAIN), 256 + 1
     if not (size.isascii() and size.isdecimal() and len(size) < 10) or int(size) < smallest:
         raise UserError(f"--tokenizer train:N wants a number of tokens of at least {smallest}, got {name!r}")
     return int(size)
-
-
-def _trained_definition(size: int, texts: Iterable[str]) -> dict[str, Any]:
-    """Byte-level BPE with GPT-2's word pattern: every byte is in its alphabet, so no text is unknown."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=[EOS],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer=trainer)
-    definition: dict[str, Any] = json.loads(tokenizer.to_str())
-    return definition

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +17,7 @@ from threading import Thread
 from typing import Any
 
 from pipeline.data.manifest import TOKENIZER_NAME
+from pipeline.data.tokenizer_roles import BESIDE_NAMES, Beside, read_beside
 from pipeline.errors import UserError, nearest
 
 HUB_TIMEOUT = 8.0
@@ -44,7 +45,7 @@ def read_definition(path: Path) -> dict[str, Any]:
         return tiktoken_definition(path)
     try:
         definition = _parsed(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"cannot read the tokenizer {path}: {error}; wanted a tokenizer.json, or a tiktoken rank file named "
             f"ENCODING{RANK_SUFFIX} (a SentencePiece model must be converted to a tokenizer.json first)"
@@ -52,6 +53,30 @@ def read_definition(path: Path) -> dict[str, Any]:
     if not isinstance(definition, dict) or "model" not in definition:
         raise UserError(f"{path} is not a tokenizer.json: it has no 'model'")
     return definition
+
+
+def placed(definition: dict[str, Any], ids: Mapping[str, int | None], *, origin: str) -> dict[str, Any]:
+    """The definition with which the library gives each added token the id that the file says.
+
+    `ids`: those that the library gives them as it is. It counts added tokens on from the end of the vocabulary, so one
+    behind a hole moves; in the vocabulary of the model itself, where no merge comes to it, it keeps its id. Raises
+    `UserError` where that cannot be done: the vocabulary is a list (Unigram), or the id is another token's.
+    """
+    said = {entry["content"]: int(entry["id"]) for entry in definition.get("added_tokens") or []}
+    moved = {token: number for token, number in said.items() if ids.get(token) != number}
+    if not moved:
+        return definition
+    vocabulary = definition["model"]["vocab"]
+    taken = {*range(len(vocabulary))} if isinstance(vocabulary, list) else {*vocabulary.values()}
+    twice = len({*said.values()}) < len(said)
+    if isinstance(vocabulary, list) or twice or not taken.isdisjoint(moved.values()) or vocabulary.keys() & moved:
+        token, number = next(iter(moved.items()))
+        raise UserError(
+            f"{origin} gives the added token {token!r} the id {number}, but `tokenizers` puts it at {ids.get(token)}: "
+            "the id is another token's, the token has another id in the vocabulary, or a list of pieces has a gap "
+            "before it; number added_tokens as the embedding of the model is, without a gap"
+        )
+    return {**definition, "model": {**definition["model"], "vocab": {**vocabulary, **moved}}}
 
 
 def _parsed(content: bytes) -> Any:
@@ -63,15 +88,18 @@ def _parsed(content: bytes) -> Any:
     return json.loads(content, parse_constant=refuse)
 
 
-def hub_definition(name: str) -> dict[str, Any]:
+def hub_tokenizer(name: str) -> tuple[dict[str, Any], Beside]:
     """The `tokenizer.json` of a model on the Hugging Face hub: from the local cache, else asked for once.
+
+    Also what the files beside it say.
 
     Raises `UserError`, within about `HUB_TIMEOUT` seconds, for a name that is unknown, private or unreachable.
     """
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
-        definition: dict[str, Any] = _parsed(_hub_file(name).read_bytes())
+        file = _hub_file(name)
+        definition: dict[str, Any] = _parsed(file.read_bytes())
     except Exception as error:  # unknown name, no network, gated, damaged: many classes, two remedies
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             raise UserError(
@@ -84,40 +112,56 @@ def hub_definition(name: str) -> dict[str, Any]:
             "  check the spelling and the network (private and gated names need `hf auth login`), or "
             f"{WITHOUT_NETWORK}"
         ) from None
-    return definition
+    return definition, read_beside(file.parent)
 
 
 def _hub_file(name: str) -> Path:
+    """The `tokenizer.json` in the cache of the hub, and beside it what else the hub says of the tokenizer."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     cached = try_to_load_from_cache(name, TOKENIZER_NAME)  # unlike a download of local files only, sends nothing
     if isinstance(cached, str):
         return Path(cached)
     # one request without retries finds out whether the download, which retries, is worth starting
     url = hf_hub_url(name, TOKENIZER_NAME)
-    _within(HUB_TIMEOUT, lambda: get_hf_file_metadata(url, timeout=HUB_TIMEOUT), what="the hub")
-    return Path(hf_hub_download(name, TOKENIZER_NAME, etag_timeout=HUB_TIMEOUT))
+    for _ in waiting(lambda: get_hf_file_metadata(url, timeout=HUB_TIMEOUT), every=HUB_TIMEOUT):
+        raise TimeoutError(f"the hub did not answer within {HUB_TIMEOUT:g} s")
+    for beside in BESIDE_NAMES:
+        try:
+            hf_hub_download(name, beside, etag_timeout=HUB_TIMEOUT)
+        except LocalEntryNotFoundError:  # no network any more
+            raise
+        except EntryNotFoundError:  # few have all
+            continue
+    return Path(hf_hub_download(name, TOKENIZER_NAME, etag_timeout=HUB_TIMEOUT))  # last: what is cached is whole
 
 
-def _within(seconds: float, ask: Callable[[], object], *, what: str) -> None:
-    """Call `ask` and raise what it raises, or `TimeoutError` when it is not done in time; then it is left alone."""
+def waiting(work: Callable[[], object], *, every: float) -> Iterator[None]:
+    """Run `work` in a thread of its own; yields whenever `every` seconds passed, raises what it raises.
+
+    Signals are handled meanwhile. When the caller stops waiting, the thread is left alone; it ends with the program.
+    """
     ended: SimpleQueue[BaseException | None] = SimpleQueue()
 
     def call() -> None:
         try:
-            ask()
+            work()
         except BaseException as error:
             ended.put(error)
         else:
             ended.put(None)
 
     Thread(target=call, daemon=True).start()  # no pool: the end of the program would wait for its thread
-    try:
-        error = ended.get(timeout=seconds)
-    except Empty:
-        raise TimeoutError(f"{what} did not answer within {seconds:g} s") from None
-    if error is not None:
-        raise error
+    while True:
+        try:
+            error = ended.get(timeout=every)
+        except Empty:
+            yield
+            continue
+        if error is not None:
+            raise error
+        return
 
 
 @dataclass(frozen=True)

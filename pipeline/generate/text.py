@@ -13,8 +13,6 @@ from pipeline.errors import UserError
 from pipeline.generate.decode import Finish, Options, Token, generate
 from pipeline.model.transformer import Decoder
 
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no UTF-8 decode to
-
 
 @dataclass(frozen=True)
 class Piece:
@@ -43,24 +41,17 @@ class RowText:
 
     def __init__(self, tokenizer: TextTokenizer, *, context: Sequence[int], stops: Sequence[str]) -> None:
         self.stopped = False
-        self._tokenizer = tokenizer
-        self._stream = tokenizer.stream()
+        self._stream = tokenizer.stream(context=context)
         self._stops = tuple(stops)
-        self._ids = list(context)
-        self._decoded = sum(len(self._stream.push(token)) for token in context)  # characters out of the stream
         self._held = ""  # decoded, but it may become a stop string
 
     def push(self, token: int) -> str:
         """Text that `token` makes certain; what may still grow into a character or a stop string is held back."""
-        self._ids.append(token)
-        new = self._stream.push(token)
-        self._decoded += len(new)
-        return self._release(new)
+        return self._release(self._stream.push(token))
 
     def flush(self) -> str:
-        """The rest at the end of the row; bytes of an unfinished character become U+FFFD."""
-        rest = self._tokenizer.decode(self._ids)[self._decoded :]
-        text = self._release(rest) + self._held
+        """The rest at the end of the row; bytes that fit nothing become U+FFFD."""
+        text = self._release(self._stream.finish()) + self._held
         self._held = ""
         return text
 
@@ -89,21 +80,20 @@ def write(
 ) -> Iterator[Piece]:
     """Continue texts, yielding pieces as they come, one per token; see `generate`.
 
-    An empty prompt starts from the EOS token, as the documents of the training data do. A row ends with "stop" when
-    one of `stops` appears in its text, which is cut before it. Raises `UserError` for a character the tokenizer lacks.
+    Prompts are encoded as `TextTokenizer.prompt` says; an empty one starts from the token that begins texts. A row ends
+    with "stop" when one of `stops` appears in its text, which is cut before it. Raises `UserError` for a character the
+    tokenizer lacks.
     """
     if not all(stops):
         raise UserError("an empty stop string would stop before the first token: leave it out")
-    encoded = [tokenizer.encode(prompt) for prompt in prompts]
-    # Held-back bytes of a prompt must not appear in the text after it: such a prompt is no context.
-    contexts = [[] if text.endswith(_REPLACEMENT) else ids for text, ids in zip(prompts, encoded, strict=True)]
+    starts = [tokenizer.prompt(prompt) for prompt in prompts]
     texts: dict[tuple[int, int], RowText] = {}
     fresh: dict[tuple[int, int], str] = {}
 
     def until(prompt: int, sample: int, token: int) -> bool:
         key = prompt, sample
         if key not in texts:
-            texts[key] = RowText(tokenizer, context=contexts[prompt], stops=stops)
+            texts[key] = RowText(tokenizer, context=starts[prompt], stops=stops)
         fresh[key] = texts[key].push(token)
         return texts[key].stopped
 
@@ -116,7 +106,6 @@ def write(
             finish = "stop" if row.stopped else finish
         return Piece(*key, text=text, token=event.id, finish=finish)
 
-    starts = [ids or [tokenizer.eos_id] for ids in encoded]
     return map(piece, generate(model, starts, options=options, eos_ids=eos_ids, until=until))
 
 

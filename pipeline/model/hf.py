@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,15 @@ WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 _BUFFERS = re.compile(r"(\.attn\.(masked_)?bias|rotary_emb\.inv_freq)$")
 
 
-def save_hf(model: Decoder, folder: Path, *, tokenizer_file: Path, eos_id: int) -> None:
+def save_hf(model: Decoder, folder: Path, *, tokenizer_files: Mapping[str, bytes], eos_id: int) -> None:
     """Write `folder` so that `AutoModelForCausalLM` and `AutoTokenizer` read it: float32 weights, no padding rows.
 
-    The folder appears complete or not at all. Raises `UserError` for a folder in use, a tokenizer.json that cannot be
-    read or lacks `eos_id`, and a model that no architecture of Hugging Face's expresses, with all that does not fit.
+    `tokenizer_files`: those of the tokenizer, by name. The folder appears complete or not at all. Raises `UserError`
+    for a folder in use, and a model that no architecture of Hugging Face's expresses, with all that does not fit.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not an empty folder: name a new one")
     family, settings = _family_of(model.config)
-    tokenizer, eos_token = _read_tokenizer(tokenizer_file, eos_id=eos_id)
     ends = {"bos_token_id": eos_id, "eos_token_id": eos_id}  # a document of the training data begins after an EOS
     files: dict[str, Settings] = {
         "config.json": {
@@ -50,20 +50,14 @@ def save_hf(model: Decoder, folder: Path, *, tokenizer_file: Path, eos_id: int) 
             **ends,
         },
         "generation_config.json": ends,
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": eos_token,
-            "eos_token": eos_token,
-            "model_max_length": model.config.context_length,
-            "clean_up_tokenization_spaces": False,
-        },
     }
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
         save_file(_their_tensors(model, family), partial / WEIGHTS, metadata={"format": "pt"})
         (partial / WEIGHTS).chmod(partial.stat().st_mode & 0o666)  # safetensors leaves 0600, whatever the umask
-        (partial / "tokenizer.json").write_bytes(tokenizer)
+        for name, data in tokenizer_files.items():
+            (partial / name).write_bytes(data)
         for name, content in files.items():
             (partial / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         partial.replace(folder)
@@ -94,15 +88,6 @@ def load_hf(folder: Path) -> Decoder:
 def is_hf_folder(folder: Path) -> bool:
     """Whether `folder` describes itself as a Hugging Face checkpoint."""
     return (folder / "config.json").is_file()
-
-
-def hf_eos_ids(folder: Path) -> frozenset[int]:
-    """The tokens that end a text by the folder's generation_config.json or config.json; empty when it names none."""
-    for name in ("generation_config.json", "config.json"):
-        ids = _read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
-        if ids is not None:
-            return frozenset(ids if isinstance(ids, list) else [ids])
-    return frozenset()
 
 
 def _family_of(config: ModelConfig) -> tuple[Family, Settings]:
@@ -236,15 +221,3 @@ def _read_json(file: Path) -> Settings:
     if not isinstance(content, dict):
         raise UserError(f"{file} must hold a JSON object, got a {type(content).__name__}")
     return content
-
-
-def _read_tokenizer(file: Path, *, eos_id: int) -> tuple[bytes, str]:
-    """The bytes of a tokenizer.json, and the text of its token `eos_id`."""
-    definition = _read_json(file)
-    added = {token["id"]: token["content"] for token in definition.get("added_tokens", [])}
-    vocabulary = definition.get("model", {}).get("vocab", {})
-    known = {number: token for token, number in vocabulary.items()} if isinstance(vocabulary, dict) else {}
-    eos_token = added.get(eos_id, known.get(eos_id))
-    if eos_token is None:
-        raise UserError(f"{file} has no token {eos_id}, which ends the documents this model was trained on")
-    return file.read_bytes(), str(eos_token)

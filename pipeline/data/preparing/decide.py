@@ -9,6 +9,7 @@ import math
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +81,18 @@ def split_rule(request: Request, seen: Survey, corpus: Corpus, console: Console)
     return rule
 
 
-def make_tokenizer(request: Request, units: Sequence[Unit]) -> TextTokenizer:
-    """The tokenizer asked for, made from the corpus where it has to be."""
+def make_tokenizer(request: Request, units: Sequence[Unit], console: Console) -> TextTokenizer:
+    """The tokenizer asked for, made from the corpus where it has to be. Prints what is special about it."""
     texts: Iterable[str] = ()
     if needs_corpus(request.tokenizer):
         of = all_texts if request.tokenizer == "chars" else training_texts
         texts = of(units, request.rules)
-    made = load_tokenizer(request.tokenizer, texts=texts, eos=request.eos)
-    return made.ending_documents(origin=request.tokenizer)
+    report = partial(console.print, markup=False)
+    made = load_tokenizer(request.tokenizer, texts=texts, eos=request.eos, report=report)
+    made = made.ending_documents(origin=request.tokenizer)
+    for note in made.notes:
+        console.print(f"note: {note}", markup=False)
+    return made
 
 
 def encoder_for(request: Request, tokenizer: TextTokenizer, seen: Survey, units: Sequence[Unit]) -> tuple[Encoder, str]:
@@ -114,7 +119,7 @@ def rehearse(request: Request, *, console: Console) -> None:
     rule = split_rule(request, seen, corpus, console)
     size = sum(unit.size for unit in units)
     unmade = needs_corpus(request.tokenizer)  # to make it would be half of the work: bytes stand for its tokens
-    tokenizer = make_tokenizer(replace(request, tokenizer="bytes") if unmade else request, units)
+    tokenizer = make_tokenizer(replace(request, tokenizer="bytes") if unmade else request, units, console)
     encoder, reason = encoder_for(request, tokenizer, seen, units)
     found = estimate(seen.sample, size, encoder=encoder, vocab_size=tokenizer.vocab_size, workers=request.workers)
     if unmade:

@@ -31,6 +31,7 @@ class LedgerHeader(BaseModel):
     inputs_digest: str
     tokenizer_fingerprint: str
     inputs: tuple[InputInfo, ...] = ()
+    eos_id: int | None = None
 
 
 class StreamEnd(BaseModel):

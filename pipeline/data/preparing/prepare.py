@@ -135,7 +135,8 @@ class _Preparation:
             allow_failed=request.allow_failed,
             workers=place.workers,
         )
-        self.header = header_of(identity, corpus, tokenizer_fingerprint=tokenizer.fingerprint)
+        fingerprint, eos_id = tokenizer.fingerprint, tokenizer.eos_id
+        self.header = header_of(identity, corpus, tokenizer_fingerprint=fingerprint, eos_id=eos_id)
         self.done: dict[tuple[int, int], UnitReport] = {}
         self.ends: dict[int, StreamEnd] = {}
         self.lost: list[UnitReport] = []
@@ -211,16 +212,18 @@ class _Preparation:
 
     def _tokenizer(self) -> TextTokenizer:
         """The tokenizer asked for; the one of an earlier run, where a ledger vouches for it, is not made twice."""
-        try:
-            saved = TextTokenizer.from_file(self.output / TOKENIZER_NAME, eos=self.request.eos)
-            saved = saved.ending_documents(origin=TOKENIZER_NAME)
-        except UserError:  # not there, or damaged
-            return make_tokenizer(self.request, self.units)
-        wanted = header_of(self.identity, self.corpus, tokenizer_fingerprint=saved.fingerprint)
         for header in headers(self.output):
-            if (header.inputs_digest, header.tokenizer_fingerprint) == (wanted.inputs_digest, saved.fingerprint):
+            if header.eos_id is None:  # of an older version
+                continue
+            try:
+                saved = TextTokenizer.from_file(self.output / TOKENIZER_NAME, eos=header.eos_id)
+            except UserError:  # not there, or damaged
+                continue
+            fingerprint = saved.fingerprint
+            now = header_of(self.identity, self.corpus, tokenizer_fingerprint=fingerprint, eos_id=header.eos_id)
+            if (header.inputs_digest, header.tokenizer_fingerprint) == (now.inputs_digest, fingerprint):
                 return saved
-        return make_tokenizer(self.request, self.units)
+        return make_tokenizer(self.request, self.units, self.console)
 
     def _mine(self) -> list[Unit]:
         """The units of this share, or all."""

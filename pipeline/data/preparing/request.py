@@ -242,7 +242,9 @@ def input_infos(corpus: Corpus) -> tuple[InputInfo, ...]:
     )
 
 
-def header_of(identity: dict[str, Any], corpus: Corpus, *, tokenizer_fingerprint: str) -> LedgerHeader:
+def header_of(
+    identity: dict[str, Any], corpus: Corpus, *, tokenizer_fingerprint: str, eos_id: int | None
+) -> LedgerHeader:
     """The header of a ledger whose units are made for these."""
     digest = digest_of([[source.name, source.fingerprint] for source in corpus.sources])
     return LedgerHeader(
@@ -250,6 +252,7 @@ def header_of(identity: dict[str, Any], corpus: Corpus, *, tokenizer_fingerprint
         inputs_digest=digest,
         tokenizer_fingerprint=tokenizer_fingerprint,
         inputs=input_infos(corpus),
+        eos_id=eos_id,
     )
 
 

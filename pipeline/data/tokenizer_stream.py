@@ -1,0 +1,115 @@
+"""Ids that arrive one by one, as text that is never taken back.
+
+In: the decoder of a `tokenizer.json`, ids. Out: text, each part as soon as no later id can change it. A text decoded so
+far need not begin the text of more ids: bytes that are one character alone become U+FFFD when a wrong one follows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_BYTE = re.compile(r"<0x[+0-9A-Fa-f][0-9A-Fa-f]>")  # what the decoder ByteFallback takes for a byte
+_WINDOW = 128
+"""Ids that decide how the next one is spelled; older ones are dropped when there are twice as many."""
+_EDGE = 8
+"""Characters at the beginning of a text that depend on its being the beginning."""
+_LOCAL = ("ByteLevel", "Metaspace", "WordPiece", "BPEDecoder", "Strip", "Fuse")
+"""Decoders that change nothing but the end of a text when ids are added to it, and there only a last U+FFFD."""
+
+
+class TextStream:
+    """Decodes ids as they come.
+
+    What `push` and `finish` return, joined, is the text of all ids decoded at once, without that of `context`: ids of
+    a whole text before them, which may decide how the first one is spelled.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        token_of: Callable[[int], str | None],
+        *,
+        decoder: dict[str, Any] | None,
+        context: Sequence[int] = (),
+    ) -> None:
+        self._decode, self._token_of = decode, token_of
+        self._unsettled = unsettled_characters(decoder)
+        self._falls_back = any(step.get("type") == "ByteFallback" for step in _steps(decoder))
+        self._ids = [int(number) for number in context]
+        while self._ids and self._continues(self._ids[-1]):  # a whole text: bytes that follow make other characters
+            self._ids.pop()
+        self._run = 0  # bytes at the end, of which the next id decides
+        self._given = len(self._decode(self._ids))  # characters of the text of `_ids` that are out
+
+    def push(self, token_id: int) -> str:
+        """Text that `token_id` makes certain, possibly none."""
+        self._ids.append(int(token_id))
+        self._run = self._run + 1 if self._continues(self._ids[-1]) else 0
+        if self._unsettled is None or self._run:
+            return ""
+        text = self._decode(self._ids)
+        stop = len(text) - self._unsettled - text.endswith(_REPLACEMENT)
+        new = text[self._given : stop]
+        self._given = max(self._given, stop)
+        if len(self._ids) >= 2 * _WINDOW:
+            self._forget(text)
+        return new
+
+    def finish(self) -> str:
+        """The rest; bytes that fit nothing are U+FFFD."""
+        text = self._decode(self._ids)
+        new = text[self._given :]
+        self._given = len(text)
+        return new
+
+    def _continues(self, number: int) -> bool:
+        """Whether an id leaves bytes before it open: a byte, or an id without a token, which is passed over."""
+        token = self._token_of(number) if self._falls_back else ""
+        return token is None or _BYTE.fullmatch(token) is not None
+
+    def _forget(self, text: str) -> None:
+        """Drop all but the last ids, if these alone give the end of `text`."""
+        ids = self._ids[-_WINDOW:]
+        after = self._decode(ids)
+        given = len(after) - (len(text) - self._given)
+        if given >= _EDGE and text.endswith(after[_EDGE:]):
+            self._ids, self._given = ids, given
+
+
+def unsettled_characters(decoder: dict[str, Any] | None) -> int | None:
+    """How many characters at the end of a text more ids can change, but for a last U+FFFD; None: any number.
+
+    Bytes of ByteFallback at the end are not counted: of them all is open. Without a decoder, tokens are joined by
+    spaces.
+    """
+    fused, replaced = False, 0
+    for step in _steps(decoder):
+        kind = step.get("type")
+        if kind == "Replace":
+            if not fused:
+                continue  # within one token
+            pattern = step["pattern"].get("String")
+            if pattern is None or replaced:  # a regular expression may look at anything
+                return None
+            replaced = len(pattern)  # one less, and a last U+FFFD
+        elif kind == "ByteFallback" or kind in _LOCAL:
+            if fused and kind not in ("Strip", "Fuse"):
+                return None
+            fused = fused or kind in ("Fuse", "ByteLevel")
+        else:
+            return None
+    return replaced
+
+
+def _steps(decoder: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """The decoders that run one after the other."""
+    if decoder is None:
+        return
+    if decoder.get("type") == "Sequence":
+        for step in decoder["decoders"]:
+            yield from _steps(step)
+    else:
+        yield decoder
