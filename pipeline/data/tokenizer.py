@@ -22,7 +22,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 import orjson
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer
 
 from pipeline.data.manifest import TOKENIZER_NAME, canonical_json
 from pipeline.data.tokenizer_files import RANK_SUFFIX, hub_tokenizer, placed, read_definition
@@ -179,12 +179,6 @@ class TextTokenizer:
         assert self.beside is not None, "a tokenizer without a folder has no other default"
         tokenizer = build(self.definition_json, origin=TOKENIZER_NAME)
         tokenizer.encode_special_tokens = self.beside.splits_specials
-        if self.beside.adds is not None:
-            wanted = zip(self.beside.adds, (self.others.get("bos"), self.eos_id), strict=True)
-            ids = [number if adds else None for adds, number in wanted]
-            before, after = ([(str(tokenizer.id_to_token(n)), n)] if n is not None else [] for n in ids)
-            template = [*(token for token, _ in before), "$A", *(token for token, _ in after)]
-            tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=before + after)
         return tokenizer
 
     def ending_documents(self, *, origin: str) -> TextTokenizer:
@@ -238,8 +232,12 @@ class TextTokenizer:
         }
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`, special tokens included."""
-        return str(self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False))
+        """Text of `ids`, special tokens included; bytes that fit nothing are U+FFFD."""
+        numbers = [int(number) for number in ids]
+        try:
+            return str(called(lambda: self.tokenizer.decode(numbers, skip_special_tokens=False))) if numbers else ""
+        except UserError as error:
+            raise UserError(f"the tokenizer's decoder fails: {error}; mend it in the tokenizer.json") from None
 
     def stream(self, *, context: Sequence[int] = ()) -> TextStream:
         """An incremental decoder for ids that arrive one by one, after the ids `context` of a whole text."""

@@ -76,7 +76,7 @@ def placed(definition: dict[str, Any], ids: Mapping[str, int | None], *, origin:
             "the id is another token's, the token has another id in the vocabulary, or a list of pieces has a gap "
             "before it; number added_tokens as the embedding of the model is, without a gap"
         )
-    return {**definition, "model": {**definition["model"], "vocab": {**vocabulary, **moved}}}
+    return {**definition, "model": {**definition["model"], "vocab": {**vocabulary, **said}}}
 
 
 def _parsed(content: bytes) -> Any:

@@ -66,10 +66,11 @@ class _Tokens(BaseModel):
 
 
 class _TokenizerConfig(_Tokens):
-    """What `tokenizer_config.json` holds beyond that. Absent, `add_*` leave it to the `tokenizer.json`."""
+    """What `tokenizer_config.json` holds beyond that.
 
-    add_bos_token: StrictBool | None = None
-    add_eos_token: StrictBool | None = None
+    Its `add_bos_token` and `add_eos_token` are not read: beside a `tokenizer.json`, transformers ignores them.
+    """
+
     split_special_tokens: StrictBool | None = None
 
 
@@ -87,13 +88,11 @@ class _ModelConfig(BaseModel):
 class Beside:
     """What the files beside a `tokenizer.json` say.
 
-    `named`: for each role (file, token or id), the most trusted file first. `adds`: whether the default encoding puts
-    BOS before a text and EOS after it, None where the `tokenizer.json` decides. `splits_specials`: whether the text of
-    a special token is encoded as text by default. `end_ids`: what ends a generated text, empty where no file says.
+    `named`: for each role (file, token or id), the most trusted file first. `splits_specials`: whether the text of a
+    special token is encoded as text by default. `end_ids`: what ends a generated text, empty where no file says.
     """
 
     named: Mapping[Role, Sequence[tuple[str, str | int]]] = field(default_factory=dict)
-    adds: tuple[bool, bool] | None = None
     splits_specials: bool = False
     end_ids: frozenset[int] = frozenset()
 
@@ -111,10 +110,8 @@ def read_beside(folder: Path) -> Beside:
         words = [(name, getattr(file, f"{role}_token")) for name, file in tokens.items()]
         ids = [(name, number) for name, file in models.items() for number in getattr(file, f"{role}_token_id", ())]
         named[role] = [(name, word) for name, word in words if word is not None] + ids
-    said = config.add_bos_token is not None or config.add_eos_token is not None
     return Beside(
         named=named,
-        adds=(bool(config.add_bos_token), bool(config.add_eos_token)) if said else None,
         splits_specials=bool(config.split_special_tokens),
         end_ids=frozenset(next((file.eos_token_id for file in models.values() if file.eos_token_id), ())),
     )

@@ -12,12 +12,12 @@ from typing import Any
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _BYTE = re.compile(r"<0x[+0-9A-Fa-f][0-9A-Fa-f]>")  # what the decoder ByteFallback takes for a byte
-_WINDOW = 128
+_WINDOW = 24
 """Ids that decide how the next one is spelled; older ones are dropped when there are twice as many."""
 _EDGE = 8
 """Characters at the beginning of a text that depend on its being the beginning."""
 _LOCAL = ("ByteLevel", "Metaspace", "WordPiece", "BPEDecoder", "Strip", "Fuse")
-"""Decoders that change nothing but the end of a text when ids are added to it, and there only a last U+FFFD."""
+"""Decoders that only add to a text when ids are added, but for what `unsettled_characters` says."""
 
 
 class TextStream:
@@ -37,22 +37,30 @@ class TextStream:
     ) -> None:
         self._decode, self._token_of = decode, token_of
         self._unsettled = unsettled_characters(decoder)
-        self._falls_back = any(step.get("type") == "ByteFallback" for step in _steps(decoder))
+        kinds = {step.get("type") for step in _steps(decoder)}
+        self._falls_back, self._last_is_open = "ByteFallback" in kinds, "BPEDecoder" in kinds
         self._ids = [int(number) for number in context]
-        while self._ids and self._continues(self._ids[-1]):  # a whole text: bytes that follow make other characters
+        while self._ids and self._continues(
+            self._token_of(self._ids[-1])
+        ):  # a whole text: bytes that follow make other characters
             self._ids.pop()
         self._run = 0  # bytes at the end, of which the next id decides
+        self._last = ""  # the last token
         self._given = len(self._decode(self._ids))  # characters of the text of `_ids` that are out
 
     def push(self, token_id: int) -> str:
         """Text that `token_id` makes certain, possibly none."""
         self._ids.append(int(token_id))
-        self._run = self._run + 1 if self._continues(self._ids[-1]) else 0
+        token = self._token_of(self._ids[-1])
+        self._last = self._last if token is None else token
+        self._run = self._run + 1 if self._continues(token) else 0
         if self._unsettled is None or self._run:
             return ""
         text = self._decode(self._ids)
         stop = len(text) - self._unsettled - text.endswith(_REPLACEMENT)
-        new = text[self._given : stop]
+        if self._last_is_open:  # ends of words are spaces in all tokens but the last
+            stop -= len(self._last)
+        new = text[self._given : max(stop, 0)]
         self._given = max(self._given, stop)
         if len(self._ids) >= 2 * _WINDOW:
             self._forget(text)
@@ -65,10 +73,9 @@ class TextStream:
         self._given = len(text)
         return new
 
-    def _continues(self, number: int) -> bool:
-        """Whether an id leaves bytes before it open: a byte, or an id without a token, which is passed over."""
-        token = self._token_of(number) if self._falls_back else ""
-        return token is None or _BYTE.fullmatch(token) is not None
+    def _continues(self, token: str | None) -> bool:
+        """Whether a token leaves bytes before it open: a byte, or none, which is passed over."""
+        return self._falls_back and (token is None or _BYTE.fullmatch(token) is not None)
 
     def _forget(self, text: str) -> None:
         """Drop all but the last ids, if these alone give the end of `text`."""
@@ -80,10 +87,10 @@ class TextStream:
 
 
 def unsettled_characters(decoder: dict[str, Any] | None) -> int | None:
-    """How many characters at the end of a text more ids can change, but for a last U+FFFD; None: any number.
+    """How many characters at the end of a text more ids can change; None: any number.
 
-    Bytes of ByteFallback at the end are not counted: of them all is open. Without a decoder, tokens are joined by
-    spaces.
+    Not counted are a last U+FFFD, bytes of ByteFallback, and the last token where there is a BPEDecoder. Without a
+    decoder, tokens are joined by spaces.
     """
     fused, replaced = False, 0
     for step in _steps(decoder):

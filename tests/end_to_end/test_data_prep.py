@@ -294,7 +294,7 @@ def test_the_rate_of_unknown_tokens_is_told(tmp_path: Path) -> None:
     }  # fmt: skip
     (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
     made = command(tmp_path / "a.jsonl", "--output", tmp_path / "out", "--tokenizer", tmp_path / "tokenizer.json",
-                   "--val-fraction", "0")  # fmt: skip
+                   "--val-fraction", "0", "--eos", "</s>")  # fmt: skip
     assert made.returncode == 0, made.stderr
     assert "noticed: 150 x unknown tokens, 20.00% of all" in made.stdout, "one of four, and the end of each document"
 
