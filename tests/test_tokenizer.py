@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +22,7 @@ from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from pipeline.data import tokenizer_files
+from pipeline.data import tokenizer_files, tokenizer_training
 from pipeline.data.preparing.nasty import NASTY as WORSE
 from pipeline.data.tokenizer import EOS, TextTokenizer, check_tokenizer_name, load_tokenizer
 from pipeline.errors import UserError
@@ -521,3 +526,71 @@ def test_a_word_that_no_text_comes_to_can_end_documents() -> None:
     words.pre_tokenizer = pre_tokenizers.Whitespace()  # cuts the end into three
     tokenizer = TextTokenizer.from_definition(json.loads(words.to_str()), origin="words", eos="</s>")
     assert tokenizer.ending_documents(origin="words") is tokenizer
+
+
+# training
+
+
+def plainly_trained(size: int, texts: list[str]) -> dict[str, Any]:
+    """What the library makes of whole words."""
+    plain = Tokenizer(models.BPE())
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    plain.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False)
+    plain.train_from_iterator(texts, trainer)
+    content: dict[str, Any] = json.loads(plain.to_str())
+    return content
+
+
+def test_words_of_ordinary_length_are_trained_on_whole() -> None:
+    texts = [*CORPUS, "x" * 512, "é" * 256, "the " + "ab" * 200]
+    assert load_tokenizer("train:400", texts=texts).definition == plainly_trained(400, texts)
+
+
+@pytest.mark.parametrize("run", [" ", "\n", "x", "-", "7", "é", "ab", "日"])
+def test_a_long_run_does_not_hold_training_up(run: str) -> None:
+    began = time.monotonic()
+    trained = load_tokenizer("train:600", texts=[*CORPUS, f"a{run * 1_000_000}b"])
+    assert time.monotonic() - began < 60  # whole, such a word takes hours
+    text = f"the cat{run * 2000} sat"
+    assert trained.decode(trained.encode(text)) == text
+
+
+def test_training_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_training, "REPORT_SECONDS", 0.0)
+    told: list[str] = []
+    load_tokenizer("train:400", texts=CORPUS, report=told.append)
+    assert "reading the sample for the tokenizer: 0.0 million characters, 0 s" in told
+    assert any(line.startswith("training a tokenizer of 400 tokens on 0.0 million characters: ") for line in told)
+    load_tokenizer("chars", texts=CORPUS, report=told.append)
+    assert told[-1].startswith("reading the characters of the corpus: ")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_training_can_be_interrupted(number: signal.Signals, tmp_path: Path) -> None:
+    letters = random.Random(1)
+    words = [["".join(letters.choices("abcdefghijklmnop", k=9)) for _ in range(900)] for _ in range(400)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": " ".join(line)}) + "\n" for line in words))
+    program = (
+        "import sys, data_prep; from pipeline.data import tokenizer_training; from pipeline.errors import run_command;"
+        "tokenizer_training.REPORT_SECONDS = 0.1; run_command(data_prep.main)"
+    )
+    command = [sys.executable, "-uc", program, "a.jsonl", "--output", "out", "--tokenizer", "train:60000"]
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert any(line.startswith("training a tokenizer of 60,000 tokens") for line in process.stdout)
+            began = time.monotonic()
+            process.send_signal(number)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert time.monotonic() - began < 20
+    assert process.returncode == 75
+    assert "stopped: units that are done are kept; go on with: python" in errors
+    assert "Traceback" not in errors

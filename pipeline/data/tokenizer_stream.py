@@ -40,10 +40,8 @@ class TextStream:
         kinds = {step.get("type") for step in _steps(decoder)}
         self._falls_back, self._last_is_open = "ByteFallback" in kinds, "BPEDecoder" in kinds
         self._ids = [int(number) for number in context]
-        while self._ids and self._continues(
-            self._token_of(self._ids[-1])
-        ):  # a whole text: bytes that follow make other characters
-            self._ids.pop()
+        while self._ids and self._continues(self._token_of(self._ids[-1])):
+            self._ids.pop()  # a whole text: bytes that follow are no part of its characters
         self._run = 0  # bytes at the end, of which the next id decides
         self._last = ""  # the last token
         self._given = len(self._decode(self._ids))  # characters of the text of `_ids` that are out

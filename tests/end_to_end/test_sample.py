@@ -13,16 +13,21 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sample
 from pipeline import export
+from pipeline.data.dataset import open_dataset
+from pipeline.data.preparing.prepare import prepare
+from pipeline.data.preparing.request import Request
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import run_command
 from pipeline.generate.decode import Options, generate
 from pipeline.model.hf import load_hf
 from pipeline.train.saving.checkpoint import Findings, list_checkpoints, load_model
 from tests.support import run_pretrain, tiny_settings, write_config
+from tests.tokenizer_shapes import ENDS, write_folder
 
 ROOT = Path(__file__).parent.parent.parent
 Command = Callable[..., tuple[int, str, str]]
@@ -224,3 +229,50 @@ def test_an_export_overwrites_nothing(run_dir: Path, hf_folder: Path, monkeypatc
     with pytest.raises(SystemExit) as stop:
         run_command(export.main)
     assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("shape", ["llama2", "gemma", "t5"])
+def test_any_tokenizer_trains_samples_and_is_exported(shape: str, command: Command, tmp_path: Path) -> None:
+    texts = [" ".join(map(str, range(number, number + 40))) for number in range(150)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokenizer = str(write_folder(tmp_path / "theirs", shape))
+    request = Request(inputs=(str(tmp_path / "a.jsonl"),), output=tmp_path / "data", tokenizer=tokenizer)
+    prepare(request, console=Console(quiet=True))
+    settings = tiny_settings(tmp_path / "data", tmp_path / "run", train={"steps": 4}, model={"mlp": "gelu"})
+    code, printed = run_pretrain(write_config(tmp_path / "config.yaml", settings))
+    assert code == 0, printed
+    flags = ("--prompt", "12 é", "--max-new-tokens", "300", "--ignore-eos", "--temperature", "3", "--top-k", "500")
+    code, text, errors = command(tmp_path / "run", *flags)
+    assert (code, errors) == (0, "")
+    (record,) = records(command(tmp_path / "run", *flags, "--json")[1])
+    assert text == record["prompt"] + record["text"] + "\n"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["export", str(tmp_path / "run"), str(tmp_path / "hf")])
+        run_command(export.main)
+    assert command(tmp_path / "hf", *flags)[1].endswith(text)  # after what the export printed
+    theirs, split = AutoTokenizer.from_pretrained(tmp_path / "hf"), open_dataset(tmp_path / "data").split("train")
+    ids = split.tokens(0, split.n_tokens).tolist()
+    trained_on = [[*part, theirs.eos_token_id] for part in theirs(texts).input_ids]
+    assert theirs.eos_token == ENDS[shape]
+    assert any(ids[: len(part)] == part for part in trained_on)
+
+
+def test_a_prompt_to_a_folder_begins_as_its_tokenizer_says(hf_folder: Path, command: Command, tmp_path: Path) -> None:
+    folder = shutil.copytree(hf_folder, tmp_path / "hf")
+    write_folder(folder, "gemma")
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((folder / name).read_text())
+        del settings["eos_token_id"], settings["bos_token_id"]
+        (folder / name).write_text(json.dumps(settings))
+    seen: list[list[int]] = []
+
+    def generated(model: Any, prompts: list[list[int]], **_: Any) -> Any:
+        seen.extend(prompts)
+        return iter(())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.generate.text.generate", generated)
+        command(folder, "--prompt", "the cat", "", "<eos>a", "--num-samples", "2")
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert seen == [theirs("the cat").input_ids, [theirs.bos_token_id], theirs("<eos>a").input_ids]
+    assert seen[0][0] == theirs.bos_token_id
