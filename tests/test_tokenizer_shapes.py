@@ -279,11 +279,9 @@ def test_documents_end_with_what_the_folder_says_else_a_special_token(
     for path in (tmp_path, tmp_path / "tokenizer.json"):
         tokenizer = load_tokenizer(str(path))
         assert tokenizer.eos_token == end
-        notes = [told for told in tokenizer.notes if told.startswith("documents end with")]
-        assert len(notes) == (note is not None)
-        assert note is None or note in notes[0]
-        asked = load_tokenizer(str(path), eos="<mask>" if shape == "gemma" else end)
-        assert not [told for told in asked.notes if told.startswith("documents end with")]
+        assert bool(tokenizer.choice) == (note is not None)
+        assert note is None or note in tokenizer.choice
+        assert load_tokenizer(str(path), eos="<mask>" if shape == "gemma" else end).choice == ""
 
 
 def test_an_ordinary_token_is_taken_for_an_end_only_when_asked_for(tmp_path: Path) -> None:
@@ -312,7 +310,7 @@ def test_roles_are_found_in_files_and_by_name() -> None:
     [
         ("tokenizer_config.json", "[]", r"tokenizer_config\.json: the file is not what it should be"),
         ("tokenizer_config.json", '{"eos_token": 5}', r"tokenizer_config\.json: eos_token is not what it should be"),
-        ("tokenizer_config.json", '{"add_bos_token": "yes"}', "add_bos_token is not what it should be"),
+        ("tokenizer_config.json", '{"split_special_tokens": "yes"}', "split_special_tokens is not what it should be"),
         ("special_tokens_map.json", '{"eos_token": ["a"]}', r"special_tokens_map\.json: eos_token"),
         ("generation_config.json", '{"eos_token_id": [1, "2"]}', r"generation_config\.json: eos_token_id.1"),
         ("config.json", '{"eos_token_id": 1.5}', r"config\.json: eos_token_id"),
@@ -434,6 +432,10 @@ def test_a_preparation_goes_on_with_the_end_it_began_with(tmp_path: Path) -> Non
     again = prepared(tmp_path, folder, output=tmp_path / "out")
     assert (again.data_digest, again.eos_id) == (whole.data_digest, whole.eos_id)
     assert again.eos_id == ours("qwen").eos_id
+    (tmp_path / "out" / "manifest.json").unlink()
+    write_folder(folder, "qwen", eos_token="<|endoftext|>")  # noqa: S106 - a token of text
+    other = prepared(tmp_path, folder, output=tmp_path / "out")
+    assert other.data_digest == prepared(tmp_path, folder, output=tmp_path / "other").data_digest != whole.data_digest
 
 
 def test_files_of_before_mean_what_they_meant() -> None:

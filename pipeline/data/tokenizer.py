@@ -60,8 +60,10 @@ class TextTokenizer:
     """Ids of the tokens with other roles: "bos", "pad" and "mask", as far as there are any."""
     beside: Beside | None
     """What the folder of the file says, None for the tokenizer of a dataset or checkpoint."""
+    choice: str
+    """Which token was taken to end documents, where others could have been; else ""."""
     notes: tuple[str, ...]
-    """What a person who prepares data should know: which token was taken, and what the file does and training not."""
+    """What the file does by default and training does not."""
 
     @classmethod
     def from_file(cls, path: str | Path, *, eos: str | int | None = None) -> Self:
@@ -87,7 +89,7 @@ class TextTokenizer:
         tokenizer = build(content, origin=origin)
         added = tokenizer.get_added_tokens_decoder().items()
         specials = {str(token.content): int(number) for number, token in added if token.special}
-        eos_id, note = find_eos(tokenizer, eos, specials=specials, beside=beside or Beside(), origin=origin)
+        eos_id, choice = find_eos(tokenizer, eos, specials=specials, beside=beside or Beside(), origin=origin)
         changes, notes = changes_of(original, tokenizer, eos_id)
         if "pre_tokenizer" in changes:
             tokenizer = build(orjson.dumps({**definition, **changes}), origin=origin)
@@ -106,7 +108,8 @@ class TextTokenizer:
             eos_id=eos_id,
             others={role: next(iter(ids)) for role, ids in found.items() if ids},
             beside=beside,
-            notes=(*note, *notes),
+            choice=choice,
+            notes=tuple(notes),
         )
 
     @property
@@ -193,8 +196,8 @@ class TextTokenizer:
             entries = [{**entry, "special": True} if entry["id"] == self.eos_id else entry for entry in entries]
             definition = {**self.definition, "added_tokens": entries}
             marked = TextTokenizer.from_definition(definition, origin=origin, eos=self.eos_id, beside=self.beside)
-            kept = tuple(note for note in self.notes if note not in marked.notes)
-            return replace(marked, notes=kept + marked.notes).ending_documents(origin=origin)
+            notes = tuple(dict.fromkeys(self.notes + marked.notes))
+            return replace(marked, choice=self.choice, notes=notes).ending_documents(origin=origin)
         text = self.decode([self.eos_id])
         spelled = "\ufffd" in text and self.eos_id not in added  # bytes within characters
         if spelled or (self.eos_id != self.unknown_id and reaches(self.tokenizer, self.eos_id, [self.eos_token, text])):

@@ -68,15 +68,15 @@ def id_finder(tokenizer: Tokenizer) -> Callable[[str | int], int | None]:
 
 def find_eos(
     tokenizer: Tokenizer, eos: str | int | None, *, specials: Mapping[str, int], beside: Beside, origin: str
-) -> tuple[int, list[str]]:
-    """The id of the token that ends documents, and a note on the choice where there was one."""
+) -> tuple[int, str]:
+    """The id of the token that ends documents, and in words which it is where there was a choice."""
     id_of = id_finder(tokenizer)
     listed = sorted(str(token.content) for token in tokenizer.get_added_tokens_decoder().values())
     names = f"its special tokens: {', '.join(listed[:20]) or 'none'}"
     if eos is not None:
         number = id_of(eos)
         if number is not None:
-            return number, []
+            return number, ""
         if isinstance(eos, int):
             raise UserError(f"{origin} has no token with the id {eos}, which was to end documents")
         raise UserError(f"{origin} has no token {eos!r} to end documents with{nearest(eos, listed)} ({names})")
@@ -85,10 +85,10 @@ def find_eos(
         raise UserError(f"{origin} has no special token known to end documents; choose one with --eos TOKEN ({names})")
     (taken, reason), *others = found.items()
     if not others:
-        return taken, []
+        return taken, ""
     named = ", ".join(f"{tokenizer.id_to_token(number)!r} ({number}, {why})" for number, why in others)
     chosen = f"documents end with {tokenizer.id_to_token(taken)!r} ({taken}, {reason})"
-    return taken, [f"{chosen}, not with {named}; --eos TOKEN chooses"]
+    return taken, f"{chosen}, not with {named}; --eos TOKEN chooses"
 
 
 def changes_of(definition: dict[str, Any], tokenizer: Tokenizer, eos_id: int) -> tuple[dict[str, Any], list[str]]:

@@ -74,7 +74,7 @@ def open_foreign(
         tokenizer_json=text.definition_json,
         tokenizer_fingerprint=text.fingerprint,
         data_digest=digest_of(identity),
-        notes=tuple(_notes(path, train + held_out, text)),
+        notes=tuple(filter(None, (text.choice, *_notes(path, train + held_out, text)))),
     )
 
 

@@ -82,17 +82,20 @@ def split_rule(request: Request, seen: Survey, corpus: Corpus, console: Console)
 
 
 def make_tokenizer(request: Request, units: Sequence[Unit], console: Console) -> TextTokenizer:
-    """The tokenizer asked for, made from the corpus where it has to be. Prints what is special about it."""
+    """The tokenizer asked for, made from the corpus where it has to be; says how far that is."""
     texts: Iterable[str] = ()
     if needs_corpus(request.tokenizer):
         of = all_texts if request.tokenizer == "chars" else training_texts
         texts = of(units, request.rules)
     report = partial(console.print, markup=False)
     made = load_tokenizer(request.tokenizer, texts=texts, eos=request.eos, report=report)
-    made = made.ending_documents(origin=request.tokenizer)
-    for note in made.notes:
+    return made.ending_documents(origin=request.tokenizer)
+
+
+def describe_tokenizer(tokenizer: TextTokenizer, console: Console) -> None:
+    """Print which token was taken to end documents, and what the tokenizer does by default but not here."""
+    for note in filter(None, (tokenizer.choice, *tokenizer.notes)):
         console.print(f"note: {note}", markup=False)
-    return made
 
 
 def encoder_for(request: Request, tokenizer: TextTokenizer, seen: Survey, units: Sequence[Unit]) -> tuple[Encoder, str]:
@@ -120,6 +123,7 @@ def rehearse(request: Request, *, console: Console) -> None:
     size = sum(unit.size for unit in units)
     unmade = needs_corpus(request.tokenizer)  # to make it would be half of the work: bytes stand for its tokens
     tokenizer = make_tokenizer(replace(request, tokenizer="bytes") if unmade else request, units, console)
+    describe_tokenizer(tokenizer, console)
     encoder, reason = encoder_for(request, tokenizer, seen, units)
     found = estimate(seen.sample, size, encoder=encoder, vocab_size=tokenizer.vocab_size, workers=request.workers)
     if unmade:

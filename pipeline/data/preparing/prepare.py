@@ -25,6 +25,7 @@ from pipeline.data.manifest import (
 )
 from pipeline.data.preparing.decide import (
     corpus_of,
+    describe_tokenizer,
     encoder_for,
     is_worth_proof,
     make_tokenizer,
@@ -117,6 +118,7 @@ class _Preparation:
             raise empty_inputs("val", kept=False)
         rule = split_rule(request, seen, corpus, console)
         tokenizer = self._tokenizer()
+        describe_tokenizer(tokenizer, console)
         if request.backend != "tokenizers" and is_worth_proof(request, self.units):
             known = (tokenizer.definition_json, tokenizer.eos_id, tokenizer.fingerprint, place.workers)
             place.warm(load_encoder, *known, workers=len(self.units))  # while it is proven here
@@ -211,9 +213,13 @@ class _Preparation:
         return manifest
 
     def _tokenizer(self) -> TextTokenizer:
-        """The tokenizer asked for; the one of an earlier run, where a ledger vouches for it, is not made twice."""
+        """The tokenizer asked for; the one of an earlier run, where a ledger vouches for it, is not made twice.
+
+        A file is read again, for those beside it may say something else now.
+        """
+        given = Path(self.request.tokenizer).expanduser().exists()
         for header in headers(self.output):
-            if header.eos_id is None:  # of an older version
+            if given or header.eos_id is None:  # None: of an older version
                 continue
             try:
                 saved = TextTokenizer.from_file(self.output / TOKENIZER_NAME, eos=header.eos_id)
