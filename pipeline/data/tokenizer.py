@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 
 from pipeline.data.manifest import TOKENIZER_NAME, canonical_json
 from pipeline.data.tokenizer_files import RANK_SUFFIX, hub_tokenizer, placed, read_definition
-from pipeline.data.tokenizer_library import build, called, changes_of, encoded, find_eos, id_finder, reaches
+from pipeline.data.tokenizer_library import build, called, changes_of, encoded, find_eos, id_finder, reaches, serialized
 from pipeline.data.tokenizer_roles import Beside, Role, candidates, read_beside
 from pipeline.data.tokenizer_stream import TextStream
 from pipeline.data.tokenizer_training import EOS as EOS
@@ -85,14 +85,14 @@ class TextTokenizer:
         if not isinstance(definition, dict) or not isinstance(definition.get("model"), dict):
             raise UserError(f"{origin} is not a tokenizer.json: it has no 'model'")
         original, definition = definition, {**definition, "truncation": None, "padding": None}
-        content = orjson.dumps(definition)
+        content = serialized(definition, origin=origin)
         tokenizer = build(content, origin=origin)
         added = tokenizer.get_added_tokens_decoder().items()
         specials = {str(token.content): int(number) for number, token in added if token.special}
         eos_id, choice = find_eos(tokenizer, eos, specials=specials, beside=beside or Beside(), origin=origin)
         changes, notes = changes_of(original, tokenizer, eos_id)
         if "pre_tokenizer" in changes:
-            tokenizer = build(orjson.dumps({**definition, **changes}), origin=origin)
+            tokenizer = build(serialized({**definition, **changes}, origin=origin), origin=origin)
         others: tuple[Role, ...] = ("bos", "pad", "mask")
         found = {
             role: candidates(role, beside or Beside(), specials=specials, id_of=id_finder(tokenizer)) for role in others
@@ -286,7 +286,7 @@ def load_tokenizer(
     else:
         _check_hub_name(name)
         definition, beside = hub_tokenizer(name)
-    ids = id_finder(build(orjson.dumps(definition), origin=name))
+    ids = id_finder(build(serialized(definition, origin=name), origin=name))
     added = {entry["content"]: ids(entry["content"]) for entry in definition.get("added_tokens") or []}
     definition = placed(definition, added, origin=name)
     return TextTokenizer.from_definition(definition, origin=name, eos=eos, beside=beside)

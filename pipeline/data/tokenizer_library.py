@@ -13,12 +13,21 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 from tokenizers import Tokenizer
 
 from pipeline.data.tokenizer_roles import Beside, candidates
 from pipeline.errors import UserError, nearest
 
 Result = TypeVar("Result")
+
+
+def serialized(definition: dict[str, Any], *, origin: str) -> bytes:
+    """The bytes of a `tokenizer.json`. Raises `UserError` for text that is no UTF-8 and numbers that are too large."""
+    try:
+        return orjson.dumps(definition)
+    except TypeError as error:
+        raise UserError(f"{origin} is not a tokenizer.json: {error}") from None
 
 
 def build(content: bytes, *, origin: str) -> Tokenizer:

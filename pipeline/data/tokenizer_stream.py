@@ -37,7 +37,7 @@ class TextStream:
     ) -> None:
         self._decode, self._token_of = decode, token_of
         self._unsettled = unsettled_characters(decoder)
-        kinds = {step.get("type") for step in _steps(decoder)}
+        kinds = [step.get("type") for step in _steps(decoder)]
         self._falls_back, self._last_is_open = "ByteFallback" in kinds, "BPEDecoder" in kinds
         self._ids = [int(number) for number in context]
         while self._ids and self._continues(self._token_of(self._ids[-1])):
