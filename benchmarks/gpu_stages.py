@@ -198,8 +198,8 @@ def generation(place: Place) -> Figures:
     initialise(ours, seed=1)
     ours.eval()
     with tempfile.TemporaryDirectory() as folder:
-        load_tokenizer("bytes").save(Path(folder) / "tokenizer.json")
-        save_hf(ours, Path(folder) / "hf", tokenizer_file=Path(folder) / "tokenizer.json", eos_id=256)
+        files = load_tokenizer("bytes").exported(context_length=config.context_length)
+        save_hf(ours, Path(folder) / "hf", tokenizer_files=files, eos_id=256)
         theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "hf", dtype=torch.bfloat16)
     theirs.train(False)
     theirs.to(place.device)
