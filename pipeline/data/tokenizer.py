@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, Self
@@ -118,6 +118,14 @@ class TextTokenizer:
         definition: dict[str, Any] = orjson.loads(self.definition_json)
         return definition
 
+    @property
+    def as_trained(self) -> dict[str, Any]:
+        """Content of a `tokenizer.json` whose encoding is that of training also where special tokens are added."""
+        definition = {**self.definition, **self.changes}
+        if definition["model"].get("dropout"):
+            definition["model"]["dropout"] = None
+        return definition
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the canonical JSON of the definition."""
@@ -214,9 +222,6 @@ class TextTokenizer:
 
         `context_length`: tokens that the model of the folder takes.
         """
-        definition = {**self.definition, **self.changes}
-        if definition["model"].get("dropout"):
-            definition["model"]["dropout"] = None
         names = {role: str(self.tokenizer.id_to_token(number)) for role, number in self.others.items()}
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -230,7 +235,7 @@ class TextTokenizer:
             "clean_up_tokenization_spaces": False,
         }
         return {
-            TOKENIZER_NAME: orjson.dumps(definition),
+            TOKENIZER_NAME: orjson.dumps(self.as_trained),
             "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n",
         }
 
@@ -286,9 +291,8 @@ def load_tokenizer(
     else:
         _check_hub_name(name)
         definition, beside = hub_tokenizer(name)
-    ids = id_finder(build(serialized(definition, origin=name), origin=name))
-    added = {entry["content"]: ids(entry["content"]) for entry in definition.get("added_tokens") or []}
-    definition = placed(definition, added, origin=name)
+    plain = partial(serialized, definition, origin=name)
+    definition = placed(definition, lambda: id_finder(build(plain(), origin=name)), origin=name)
     return TextTokenizer.from_definition(definition, origin=name, eos=eos, beside=beside)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -55,15 +55,22 @@ def read_definition(path: Path) -> dict[str, Any]:
     return definition
 
 
-def placed(definition: dict[str, Any], ids: Mapping[str, int | None], *, origin: str) -> dict[str, Any]:
+def placed(
+    definition: dict[str, Any], finder: Callable[[], Callable[[str], int | None]], *, origin: str
+) -> dict[str, Any]:
     """The definition with which the library gives each added token the id that the file says.
 
-    `ids`: those that the library gives them as it is. It counts added tokens on from the end of the vocabulary, so one
-    behind a hole moves; in the vocabulary of the model itself, where no merge comes to it, it keeps its id. Raises
-    `UserError` where that cannot be done: the vocabulary is a list (Unigram), or the id is another token's.
+    `finder`: makes the function that gives the library's id of a token. The library counts added tokens on from the end
+    of the vocabulary, so one behind a hole moves; in the vocabulary of the model itself, where no merge comes to it, it
+    keeps its id. Raises `UserError` where that cannot be done: the vocabulary is a list (Unigram), or the id is another
+    token's.
     """
-    said = {entry["content"]: int(entry["id"]) for entry in definition.get("added_tokens") or []}
-    moved = {token: number for token, number in said.items() if ids.get(token) != number}
+    added = definition.get("added_tokens")
+    if not added or _counts_on(definition):
+        return definition
+    id_of = finder()  # refuses what is no tokenizer.json
+    said = {entry["content"]: int(entry["id"]) for entry in added}
+    moved = {token: number for token, number in said.items() if id_of(token) != number}
     if not moved:
         return definition
     vocabulary = definition["model"]["vocab"]
@@ -72,11 +79,25 @@ def placed(definition: dict[str, Any], ids: Mapping[str, int | None], *, origin:
     if isinstance(vocabulary, list) or twice or not taken.isdisjoint(moved.values()) or vocabulary.keys() & moved:
         token, number = next(iter(moved.items()))
         raise UserError(
-            f"{origin} gives the added token {token!r} the id {number}, but `tokenizers` puts it at {ids.get(token)}: "
+            f"{origin} gives the added token {token!r} the id {number}, but `tokenizers` puts it at {id_of(token)}: "
             "the id is another token's, the token has another id in the vocabulary, or a list of pieces has a gap "
             "before it; number added_tokens as the embedding of the model is, without a gap"
         )
     return {**definition, "model": {**definition["model"], "vocab": {**vocabulary, **said}}}
+
+
+def _counts_on(definition: dict[str, Any]) -> bool:
+    """Whether added tokens are plainly where the library puts them, which takes as long to find out as to load it."""
+    try:
+        vocabulary = definition["model"]["vocab"]
+        if isinstance(vocabulary, list):
+            vocabulary = {piece: number for number, (piece, _) in enumerate(vocabulary)}
+        new = [entry for entry in definition["added_tokens"] if vocabulary.get(entry["content"]) != entry["id"]]
+        words = {entry["content"] for entry in new}
+        free = range(len(vocabulary), len(vocabulary) + len(words))
+        return [entry["id"] for entry in new] == [*free] and words.isdisjoint(vocabulary)
+    except (AttributeError, KeyError, TypeError, ValueError):  # not a tokenizer.json
+        return False
 
 
 def _parsed(content: bytes) -> Any:

@@ -91,7 +91,10 @@ def find_eos(
         raise UserError(f"{origin} has no token {eos!r} to end documents with{nearest(eos, listed)} ({names})")
     found = candidates("eos", beside, specials=specials, id_of=id_of)
     if not found:
-        raise UserError(f"{origin} has no special token known to end documents; choose one with --eos TOKEN ({names})")
+        raise UserError(
+            f"{origin} has no special token known to end documents; choose one with --eos TOKEN ({names}), or name it "
+            "as eos_token in the tokenizer_config.json beside it"
+        )
     (taken, reason), *others = found.items()
     if not others:
         return taken, ""

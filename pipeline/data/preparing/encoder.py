@@ -212,7 +212,7 @@ class _Native:
         self._room = room
         self._composes = (tokenizer.outline.get("normalizer") or {}).get("type") == "NFC"
         self._added = Tokens(added_tokens(tokenizer.outline, special=False))
-        self._definition = gigatoken_definition(tokenizer.definition)
+        self._definition = gigatoken_definition(tokenizer.as_trained)
         self._known = [text.encode() for text in nasty_texts(tokenizer.outline)]
         self._expected = reference(tokenizer, self._known)
         self._encode: Callable[[bytes], NDArray[np.uint32]] | None = None
@@ -298,8 +298,6 @@ def _unfit(tokenizer: TextTokenizer) -> str | None:
     """Why gigatoken must not even be tried with this tokenizer, or None."""
     if tokenizer.alphabet is not None:
         return "gigatoken knows no vocabularies of characters"
-    if tokenizer.outline["model"].get("dropout"):
-        return "its merges are drawn at random (dropout)"
     if unknown := sorted(_normalizers(tokenizer.outline.get("normalizer")) - {"NFC", "Prepend", "Replace"}):
         return f"gigatoken may normalize text otherwise ({', '.join(unknown)})"
     return None

@@ -108,9 +108,10 @@ def _add_text_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--tokenizer",
         default="gpt2",
-        help="hub name, tokenizer.json, FILE.tiktoken, train:N, chars or bytes (default: gpt2)",
+        help="hub name, tokenizer.json or its folder, FILE.tiktoken, train:N, chars or bytes (default: gpt2)",
     )
-    add("--eos", metavar="TOKEN", help="token that ends a document (default: the tokenizer's own)")
+    add("--eos", metavar="TOKEN", help="token that ends a document (default: what the tokenizer's folder says, "
+        "else a special token with a common name)")  # fmt: skip
     add("--encoder", choices=("auto", "gigatoken", "tokenizers"), default="auto",
         help="auto: gigatoken where it is proven to give the ids of `tokenizers` (default)")  # fmt: skip
 
