@@ -17,18 +17,19 @@ import json
 import sys
 from collections.abc import Sequence
 
+from pipeline.cli import answer_at_once, read_command
+from pipeline.errors import UserError, run_command
 from pipeline.train.processes.early import stop_while_importing
 from pipeline.train.processes.launched import prepare_allocator
 
 if __name__ == "__main__":
     stop_while_importing()  # the rest may take a minute
+    run_command(answer_at_once)
     prepare_allocator()
 
-from pipeline.cli import read_command
 from pipeline.config import Config
 from pipeline.data.loading.loader import Loader, Prefetcher
 from pipeline.data.loading.sources import TrainingData, ValidationSet, open_sources
-from pipeline.errors import UserError
 from pipeline.train.meeting import meet
 from pipeline.train.micro_batch import with_micro_batch
 from pipeline.train.optim import build_optimizer, learning_rate

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -19,8 +20,19 @@ from pipeline.config_train import LogConfig as LogConfig
 from pipeline.config_train import ParallelConfig as ParallelConfig
 from pipeline.config_train import RampStage as RampStage
 from pipeline.config_train import TrainConfig as TrainConfig
+from pipeline.names import CONFIG_NAMES
 from pipeline.ramp import Ramp
-from pipeline.section import Beta, Count, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from pipeline.section import (
+    Beta,
+    Clash,
+    Count,
+    Fraction,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    clash,
+)
 
 
 class ModelConfig(Section):
@@ -88,19 +100,23 @@ class ModelConfig(Section):
         """Rows of the token embedding for a tokenizer of `n_tokens`."""
         return self.vocab_size or -(-n_tokens // 64) * 64
 
-    def faults(self) -> list[str]:
+    def clashes(self) -> list[Clash]:
         """Sizes that do not divide."""
         found = []
         if self.d_model % self.n_heads:
-            found.append(f"d_model {self.d_model} must be a multiple of n_heads {self.n_heads}")
+            text = f"d_model {self.d_model} must be a multiple of n_heads {self.n_heads}"
+            found.append(clash(text, "d_model", "n_heads"))
         if self.n_heads % self.kv_heads:
-            found.append(f"n_heads {self.n_heads} must be a multiple of n_kv_heads {self.kv_heads}")
+            text = f"n_heads {self.n_heads} must be a multiple of n_kv_heads {self.kv_heads}"
+            found.append(clash(text, "n_heads", "n_kv_heads"))
         if self.position == "rotary" and self.head_dim % 2:
-            found.append(f"rotary positions need an even head width, got d_model / n_heads = {self.head_dim}")
+            text = f"rotary positions need an even head width, got d_model / n_heads = {self.head_dim}"
+            found.append(clash(text, "position", "d_model", "n_heads"))
         if self.position == "sinusoidal" and self.d_model % 2:
-            found.append(f"sinusoidal positions need an even d_model, got {self.d_model}")
+            text = f"sinusoidal positions need an even d_model, got {self.d_model}"
+            found.append(clash(text, "position", "d_model"))
         if self.position != "rotary" and self._changed("rope_theta"):
-            found.append(f"rope_theta has no effect with position {self.position}")
+            found.append(clash(f"rope_theta has no effect with position {self.position}", "position", "rope_theta"))
         return found
 
 
@@ -141,26 +157,38 @@ class OptimConfig(Section):
     decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
     """wsd only: share of the horizon spent decaying."""
 
-    def faults(self) -> list[str]:
+    def clashes(self) -> list[Clash]:
         """One unit per length; a schedule that goes down."""
         found = []
-        if self.warmup_steps is not None and self.warmup_tokens is not None:
-            found.append("give warmup_steps or warmup_tokens, not both")
-        if self.horizon_steps is not None and self.horizon_tokens is not None:
-            found.append("give horizon_steps or horizon_tokens, not both")
+        for length in ("warmup", "horizon"):
+            keys = (f"{length}_steps", f"{length}_tokens")
+            if all(getattr(self, key) is not None for key in keys):
+                found.append(clash(f"give {keys[0]} or {keys[1]}, not both", *keys))
         if self.min_lr > self.lr:
-            found.append(f"min_lr {self.min_lr:g} is above the peak lr {self.lr:g}")
+            found.append(clash(f"min_lr {self.min_lr:g} is above the peak lr {self.lr:g}", "min_lr", "lr"))
         if self.schedule != "wsd" and self._changed("decay_fraction"):
-            found.append(f"decay_fraction has no effect with schedule {self.schedule}")
+            text = f"decay_fraction has no effect with schedule {self.schedule}"
+            found.append(clash(text, "schedule", "decay_fraction"))
         if self.schedule == "constant" and self.min_lr:
-            found.append("min_lr has no effect with schedule constant: set it to 0")
+            text = "min_lr has no effect with schedule constant: set it to 0"
+            found.append(clash(text, "schedule", "min_lr"))
         if self.schedule in ("constant", "inverse_sqrt") and (self.horizon_steps or self.horizon_tokens):
-            found.append(f"a horizon has no effect with schedule {self.schedule}: set it to null")
+            text = f"a horizon has no effect with schedule {self.schedule}: set it to null"
+            found.append(clash(text, "schedule", "horizon_steps", "horizon_tokens"))
         return found
+
+
+_LENGTHS = (
+    "train.steps", "train.tokens", "train.batch_tokens", "train.batch_ramp", "optim.warmup_steps",
+    "optim.warmup_tokens", "optim.horizon_steps", "optim.horizon_tokens", "optim.schedule",
+)  # fmt: skip
+"""What decides on the lengths of training, warm-up and schedule."""
 
 
 class Config(Section):
     """A complete run."""
+
+    other_names: ClassVar[Mapping[str, str]] = CONFIG_NAMES
 
     run_dir: str = "runs/default"
     """Folder of the run: record, curves and checkpoints. With a config file NAME.yaml that names none: runs/NAME."""
@@ -211,7 +239,7 @@ class Config(Section):
     def _steps(self, steps: int | None, tokens: int | None) -> int | None:
         return steps if tokens is None else self.ramp.steps(tokens)
 
-    def faults(self) -> list[str]:
+    def clashes(self) -> list[Clash]:
         """Contradictions between sections."""
         found = []
         context = self.model.context_length
@@ -219,28 +247,41 @@ class Config(Section):
         for stage, tokens in {**stages, "": self.train.batch_tokens}.items():
             if tokens % context:
                 low = tokens // context * context
-                found.append(
+                text = (
                     f"train.{stage}batch_tokens {tokens} must be a multiple of model.context_length {context}; "
                     f"nearest: {' or '.join(str(n) for n in (low, low + context) if n)}"
                 )
+                key = "train.batch_ramp" if stage else "train.batch_tokens"
+                found.append(clash(text, key, "model.context_length"))
         if self.train.micro_batch == "auto" and self.model.dropout:
-            found.append(
+            text = (
                 f"train.micro_batch auto with model.dropout {self.model.dropout:g}: masks are drawn per micro-batch, "
                 "so the run would depend on the memory of the machine; give a number"
             )
+            found.append(clash(text, "train.micro_batch", "model.dropout"))
+        return found + self._bad_lengths()
+
+    def _bad_lengths(self) -> list[Clash]:
+        """Lengths that leave no time to warm up or to learn."""
+        found: list[Clash] = []
+        if (self.train.steps is None) == (self.train.tokens is None):
+            return found  # the section says so itself
         if self.warmup >= self.horizon and self.optim.schedule != "constant":
-            found.append(f"warm-up of {self.warmup} steps leaves nothing of the horizon of {self.horizon} steps")
+            text = f"warm-up of {self.warmup} steps leaves nothing of the horizon of {self.horizon} steps"
+            found.append(clash(text, *_LENGTHS))
         stable = self.horizon * (1 - self.optim.decay_fraction)
         if self.optim.schedule == "wsd" and self.warmup > stable:
-            found.append(f"warm-up of {self.warmup} steps reaches into the decay, which begins after {stable:.0f}")
+            text = f"warm-up of {self.warmup} steps reaches into the decay, which begins after {stable:.0f}"
+            found.append(clash(text, *_LENGTHS, "optim.decay_fraction"))
         at_zero = self.total_steps - self.horizon + 1
         decays = self.optim.schedule in ("cosine", "wsd", "linear") and self.optim.min_lr == 0
         if decays and at_zero > max(1, self.total_steps // 100):
-            found.append(
+            text = (
                 f"the learning rate would be 0 for {at_zero} of {self.total_steps} steps: raise optim.min_lr, "
                 f"or the horizon ({self.horizon} steps) to the length of training; a run that has begun takes that "
                 "with checkpoint.allow_changes true"
             )
+            found.append(clash(text, *_LENGTHS, "optim.min_lr"))
         return found
 
 

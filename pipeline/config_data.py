@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pipeline.section import Fraction, PositiveFloat, Section
+from pipeline.section import Clash, Fraction, PositiveFloat, Section, clash
 
 
 class Origin(Section):
@@ -70,20 +70,26 @@ class DataConfig(Origin):
         about = {key: getattr(self, key) for key in Origin.model_fields}
         return (SourceConfig.model_construct(path=self.path, weight=1.0, **about),)
 
-    def faults(self) -> list[str]:
+    def clashes(self) -> list[Clash]:
         """One way to say what the data is."""
         if self.path is not None and self.sources:
-            return ["give path or sources, not both; a flag takes the first back: --data.path null"]
+            text = "give path or sources, not both; a flag takes the first back: --data.path null"
+            return [clash(text, "path", "sources")]
         if self.path is None and not self.sources:
-            return ["give path (one dataset) or sources (a blend)"]
+            return [clash("give path (one dataset) or sources (a blend)", "path", "sources")]
         found = []
         misplaced = [key for key in Origin.model_fields if getattr(self, key) is not None]
         if self.sources and misplaced:
-            found.append(f"{', '.join(misplaced)}: give it with each of the sources that it is about")
+            text = f"{', '.join(misplaced)}: give it with each of the sources that it is about"
+            found.append(clash(text, "sources", *misplaced))
         paths = [source.path for source in self.sources]
         repeated = sorted({path for path in paths if paths.count(path) > 1})
-        found += [f"{path} is given {paths.count(path)} times: add up its weights" for path in repeated]
-        found += [fault for source in self.all_sources for fault in source.foreign_faults(source.path)]
+        found += [
+            clash(f"{path} is given {paths.count(path)} times: add up its weights", "sources") for path in repeated
+        ]
+        about = ("path", "sources", *Origin.model_fields)
+        found += [clash(text, *about) for source in self.all_sources for text in source.foreign_faults(source.path)]
         if self.plan == "pack" and not self.cross_document_targets:
-            found.append("cross_document_targets has no effect with plan pack, which never predicts across documents")
+            text = "cross_document_targets has no effect with plan pack, which never predicts across documents"
+            found.append(clash(text, "cross_document_targets", "plan"))
         return found

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pipeline.section import PositiveFloat, PositiveInt, Section
+from pipeline.section import Clash, PositiveFloat, PositiveInt, Section, clash
 
 
 class RampStage(Section):
@@ -65,16 +65,17 @@ class TrainConfig(Section):
     hang_minutes: PositiveFloat = 10.0
     """End all ranks when one makes no progress for so long; start-up, compiling and saving have six times as long."""
 
-    def faults(self) -> list[str]:
-        """Exactly one length."""
+    def clashes(self) -> list[Clash]:
+        """Exactly one length; nothing that has no effect."""
         found = []
         if (self.steps is None) == (self.tokens is None):
-            found.append("give exactly one of steps and tokens; a flag takes the other back: --train.steps null")
+            text = "give exactly one of steps and tokens; a flag takes the other back: --train.steps null"
+            found.append(clash(text, "steps", "tokens"))
         if self.on_nonfinite == "stop" and self._changed("max_skips"):
-            found.append("max_skips has no effect with on_nonfinite stop")
+            found.append(clash("max_skips has no effect with on_nonfinite stop", "max_skips", "on_nonfinite"))
         if self.on_spike == "ignore":
             idle = [key for key in ("spike_deviations", "max_rollbacks") if self._changed(key)]
-            found += [f"{key} has no effect with on_spike ignore" for key in idle]
+            found += [clash(f"{key} has no effect with on_spike ignore", key, "on_spike") for key in idle]
         return found
 
 
@@ -97,7 +98,7 @@ class ParallelConfig(Section):
     bucket_mb: PositiveFloat = 25.0
     """ddp: megabytes of gradients that are summed over ranks at once, beside the backward pass."""
 
-    def faults(self) -> list[str]:
+    def clashes(self) -> list[Clash]:
         """Settings of another strategy. Under auto all may be given, but for what must be meant."""
         sharding = ("reshard_after_forward", "prefetch", "sync_every_micro_batch", "cpu_offload")
         idle: dict[str, tuple[str, ...]] = {
@@ -108,7 +109,7 @@ class ParallelConfig(Section):
             "hsdp": ("bucket_mb",),
         }
         changed = [key for key in idle[self.strategy] if self._changed(key)]
-        return [f"{key} has no effect with strategy {self.strategy}" for key in changed]
+        return [clash(f"{key} has no effect with strategy {self.strategy}", key, "strategy") for key in changed]
 
 
 class CheckpointConfig(Section):
@@ -127,10 +128,12 @@ class CheckpointConfig(Section):
     allow_changes: bool = False
     """Go on with other settings of optimizer and training, datasets or weights than those of the checkpoint."""
 
-    def faults(self) -> list[str]:
+    def clashes(self) -> list[Clash]:
         """Checkpoints to keep that would never be written."""
         if self.keep_every is not None and self.keep_every % self.every:
-            return [f"keep_every {self.keep_every} must be a multiple of every {self.every}"]
+            return [
+                clash(f"keep_every {self.keep_every} must be a multiple of every {self.every}", "keep_every", "every")
+            ]
         return []
 
 

@@ -5,7 +5,8 @@ In: plain values. Out: a frozen section, or every fault of it. The text under a 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
@@ -21,13 +22,31 @@ FIELDS_ONLY: dict[str, Any] = {}
 """Validation context that leaves contradictions out, so that the command line can list them all."""
 
 
+class Clash(NamedTuple):
+    """Settings that do not go together: one sentence, and every key that the verdict depends on."""
+
+    text: str
+    keys: tuple[str, ...]
+
+    def within(self, section: str) -> Clash:
+        """The same, seen from outside a section."""
+        return Clash(f"{section}: {self.text}", tuple(f"{section}.{key}" for key in self.keys))
+
+
+def clash(text: str, *keys: str) -> Clash:
+    """Settings `keys` do not go together, for the reason `text`."""
+    return Clash(text, keys)
+
+
 class Section(BaseModel):
     """Base of all sections: frozen, closed to unknown keys, documented by its attributes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    other_names: ClassVar[Mapping[str, str]] = {}
+    """What other tools call keys of this schema (see `names.meant`)."""
 
-    def faults(self) -> list[str]:
-        """Contradictions between the keys of this section, each one sentence."""
+    def clashes(self) -> list[Clash]:
+        """Contradictions between the keys of this section."""
         return []
 
     def _changed(self, key: str) -> bool:
@@ -35,7 +54,13 @@ class Section(BaseModel):
 
     @model_validator(mode="after")
     def _no_faults(self, info: ValidationInfo) -> Self:
-        faults = [] if info.context is FIELDS_ONLY else self.faults()
-        if faults:
-            raise ValueError("; ".join(faults))
+        clashes = [] if info.context is FIELDS_ONLY else self.clashes()
+        if clashes:
+            raise ValueError("; ".join(clash.text for clash in clashes))
         return self
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """Take the line breaks of the source out of the documentation of keys."""
+        for field in cls.model_fields.values():
+            field.description = field.description and " ".join(field.description.split())

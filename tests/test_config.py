@@ -14,7 +14,9 @@ from pipeline.cli import load_config, read_command
 from pipeline.config import Config, ModelConfig, RampStage, resolved
 from pipeline.config_data import SourceConfig
 from pipeline.errors import UserError
+from pipeline.flags import flags_of
 from pipeline.model.transformer import build_model, count_parameters
+from pipeline.names import CONFIG_NAMES, likeness
 from pipeline.seeds import named_seed
 
 ROOT = Path(__file__).parent.parent
@@ -86,19 +88,101 @@ def test_all_faults_come_at_once_with_the_nearest_key(tmp_path: Path) -> None:
 
 
 def test_a_value_of_neither_kind_is_one_fault(tmp_path: Path) -> None:
-    message = faults_of(tmp_path, "train: {micro_batch: 0}\n")
+    message = faults_of(tmp_path, "train: {steps: 5, micro_batch: 0}\n")
     assert message.startswith("1 fault")
     assert "train.micro_batch: input should be greater than 0 or input should be 'auto', got 0" in message
 
 
 def test_an_unknown_key_names_those_of_its_section(tmp_path: Path) -> None:
     keys = "unknown key; known there: " + ", ".join(Config.model_fields["optim"].annotation.model_fields)  # type: ignore[union-attr] # a section
-    assert f"optim.learning_rate: {keys}" in faults_of(tmp_path, "data: {path: a}\noptim: {learning_rate: 1}\n")
-    flags = ("--optim.learning-rate", "1", "--optim.lrr=2", "--optim.lr.x", "3", "--data.sources.0.wieght", "4")
+    assert f"optim.zzz: {keys}" in faults_of(tmp_path, "data: {path: a}\noptim: {zzz: 1}\n")
+    flags = ("--optim.zzz", "1", "--optim.lrr=2", "--optim.lr.x", "3", "--data.sources.0.wieght", "4")
     printed = faults_of(tmp_path, "data: {path: a}\n", *flags)
-    assert f"--optim.learning-rate: {keys}\n" in printed
+    assert f"--optim.zzz: {keys}\n" in printed
     for expected in ("--optim.lrr: unknown key; did you mean 'lr'?", "--optim.lr.x: unknown key", "'weight'?"):
         assert expected in printed
+
+
+def test_names_of_other_tools_lead_to_ours() -> None:
+    known = {".".join(flag.path) for flag in flags_of(Config, {}).values()}
+    assert {key.partition(": ")[0] for key in CONFIG_NAMES.values()} <= known
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("train.max_steps", "did you mean 'steps'"),
+        ("train.number_of_steps", "did you mean 'steps'"),
+        ("train.maximum_minutes", "did you mean 'max_minutes'"),
+        ("train.batch_size", "did you mean 'batch_tokens'? (in tokens"),
+        ("train.gradient_accumulation_steps", "did you mean 'batch_tokens'? (accumulation follows"),
+        ("train.lr", "did you mean 'optim.lr'"),
+        ("max_iters", "did you mean 'train.steps'"),
+        ("block_size", "did you mean 'model.context_length'"),
+        ("model.n_embd", "did you mean 'd_model'"),
+        ("model.nlayers", "did you mean 'n_layers'"),
+        ("model.norm_epsilon", "did you mean 'norm_eps'"),
+        ("eval.interval", "did you mean 'every'"),
+        ("optim.beta2", "did you mean 'betas'? (both"),
+        ("model.experts", "known there: family"),
+    ],
+)
+def test_the_key_that_was_meant_is_named(tmp_path: Path, key: str, meant: str) -> None:
+    *section, name = key.split(".")
+    text = f"{section[0]}: {{{name}: 3}}\n" if section else f"{name}: 3\n"
+    assert f"{key}: unknown key; {meant}" in faults_of(tmp_path, text)
+    if section:
+        assert f"--{key}: unknown key; {meant}" in faults_of(tmp_path, "data: {path: a}\n", f"--{key}", "3")
+
+
+def test_likeness_counts_words_by_their_letters() -> None:
+    assert likeness("max_steps", "steps") > likeness("max_steps", "max_skips")
+    assert likeness("steps", "steps") == 1.0
+    assert likeness("steps", "lr") == 0.0
+
+
+def test_faults_of_all_kinds_come_at_once(tmp_path: Path) -> None:
+    """Unknown keys and flags, values of file and flags, flags without a value, contradictions within and between."""
+    text = "model: {n_layerz: 4, d_model: 100, n_heads: 7, mlp: silu}\noptim: {min_lr: 1}\n"
+    text += "train: {steps: fast, batch_tokens: 1000}\ndata: {sources: [{path: a, weight: 0}]}\n"
+    message = faults_of(tmp_path, text, "--train.micro-batch", "x", "--optim.lrr=3", "--log.every", "--seed", "-1", "y")
+    expected = (
+        "--optim.lrr: unknown key",
+        "--log.every: a value is missing",
+        "model.n_layerz: unknown key",
+        "model.mlp: input should be 'gelu'",
+        "train.steps: input should be a valid integer",
+        "--train.micro-batch: input should be a valid integer",
+        "data.sources.0.weight: input should be greater than 0",
+        "--seed: input should be greater than or equal to 0",
+        "y: not expected here",
+        "d_model 100 must be a multiple of n_heads 7",
+        "min_lr 1 is above the peak",
+        "train.batch_tokens 1000 must be a multiple of",
+    )
+    assert [line for line in expected if line not in message] == []
+    assert message.startswith(f"{len(expected)} faults in {tmp_path / 'a.yaml'} and the flags:\n")
+
+
+def test_a_contradiction_is_not_made_of_a_value_that_is_refused_itself(tmp_path: Path) -> None:
+    """d_model and lr are refused, so their defaults must not be held against n_heads and min_lr."""
+    message = faults_of(tmp_path, "model: {d_model: -3, n_heads: 5}\noptim: {lr: fast, min_lr: 1}\n")
+    assert message.startswith("2 faults")
+
+
+def test_a_list_of_sections_is_a_flag(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("train: {steps: 10}\n")
+    blend = "[{path: a, weight: 0.7}, {path: b, tokenizer: gpt2}]"
+    config = load_config([str(path), "--data.path", "null", "--data.sources", blend])
+    assert [(source.path, source.weight) for source in config.data.all_sources] == [("a", 0.7), ("b", 1.0)]
+    ramp = "[{steps: 2, batch_tokens: 1024}]"
+    assert load_config([str(path), "--train.batch-ramp", ramp]).train.batch_ramp == (
+        RampStage(steps=2, batch_tokens=1024),
+    )
+    for value, fault in (("[{path: a", "not valid YAML"), ("a", "valid tuple"), ("[{wieght: 2}]", "mean 'weight'")):
+        with pytest.raises(UserError, match=fault):
+            load_config([str(path), "--data.path", "null", "--data.sources", value])
 
 
 def test_faults_of_flags_come_at_once(tmp_path: Path) -> None:
@@ -188,10 +272,14 @@ def test_resolved_settings_load_again(tmp_path: Path) -> None:
         assert load_config([str(path)]) == config
 
 
-def test_a_command_names_a_config_or_takes_the_quickstarts(capsys: pytest.CaptureFixture[str]) -> None:
-    config, mode = read_command([])
-    assert (config, mode) == (load_config([str(ROOT / "configs" / "quickstart.yaml")]), "train")
-    assert "no config is named: taking" in capsys.readouterr().err
+@pytest.mark.parametrize("arguments", [[], ["--train.steps", "5"], ["--dry-run"]])
+def test_a_command_without_a_config_lists_those_that_come_along(arguments: list[str]) -> None:
+    with pytest.raises(UserError, match="no config is named") as caught:
+        read_command(arguments)
+    assert [path.name for path in CONFIGS if f"configs/{path.name} " not in str(caught.value)] == []
+
+
+def test_a_command_says_what_to_do() -> None:
     config, mode = read_command(["--dry-run", str(ROOT / "configs" / "gpt_124m.yaml"), "--train.micro-batch", "4"])
     assert (config.run_dir, config.train.micro_batch, mode) == ("runs/gpt_124m", 4, "dry-run")
     assert read_command([str(ROOT / "configs" / "gpt_124m.yaml"), "--eval-only"])[1] == "evaluate"

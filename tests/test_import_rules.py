@@ -12,6 +12,8 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     "errors": 0,
     "seeds": 0,
+    "names": 0,
+    "flags": 0,
     "section": 0,
     "ramp": 0,
     "config_data": 0,
