@@ -12,71 +12,71 @@ continued.
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
 from concurrent.futures import Executor
+from functools import partial
 from pathlib import Path
+
+from pipeline.data.preparing.flags import Arguments, answer_at_once, parse
+from pipeline.errors import counted, run_command
+
+if __name__ == "__main__":
+    run_command(partial(answer_at_once, __doc__))
 
 from rich.console import Console
 
 from pipeline.data.deleting.contamination import check_contamination, evaluation_sources
-from pipeline.data.deleting.dedup import check_threshold, deduplicate
+from pipeline.data.deleting.dedup import deduplicate
 from pipeline.data.exchange.export_llmc import export_llmc
 from pipeline.data.manifest import SPLITS, Manifest, read_manifest
 from pipeline.data.preparing.audit import inspect, verify
 from pipeline.data.preparing.decide import rehearse
 from pipeline.data.preparing.endings import stopped
 from pipeline.data.preparing.executors import open_place
-from pipeline.data.preparing.flags import output_of, parse, request_of
 from pipeline.data.preparing.prepare import prepare
+from pipeline.data.preparing.request import request_of
 from pipeline.data.preparing.unit import UNKNOWN_TOKENS
-from pipeline.errors import UserError, counted, run_command
 from pipeline.locks import locked
 
 
 def main() -> None:
     """Do what the flags say."""
-    arguments = parse(sys.argv[1:], description=__doc__)
+    arguments = parse(sys.argv[1:])
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: keep what is done, say how to go on
     console = Console(soft_wrap=True, highlight=False)
-    if arguments.inspect:
-        console.print(inspect(arguments.inspect), markup=False)
-    elif arguments.verify:
-        console.print(verify(arguments.verify), markup=False)
-    elif arguments.export:
-        export(arguments.export, output_of(arguments), console)
+    dataset = arguments.dataset
+    if dataset.inspect:
+        console.print(inspect(dataset.inspect), markup=False)
+    elif dataset.verify:
+        console.print(verify(dataset.verify), markup=False)
+    elif dataset.export:
+        export(dataset.export, arguments.folder, console)
     elif arguments.dry_run:
         rehearse(request_of(arguments), console=console)
-    elif arguments.inputs or not (arguments.dedup or arguments.contamination is not None):
-        check_deletions(arguments)  # before hours of work, not after
+    elif not arguments.deletes_only:
+        check_evaluation_files(arguments)  # before hours of work, not after
         made = prepare(request_of(arguments), console=console)
         if made is None:
             console.print("this share is done; the same command without --share completes the dataset", markup=False)
             return
         finish(arguments, made, console)
     else:
-        check_deletions(arguments)
-        finish(arguments, read_manifest(output_of(arguments)), console)
+        check_evaluation_files(arguments)
+        finish(arguments, read_manifest(arguments.folder), console)
 
 
-def check_deletions(arguments: argparse.Namespace) -> None:
-    """Refuse what the flags about deletion get wrong."""
-    if not arguments.inputs and arguments.workers < 1:
-        raise UserError(f"--workers wants at least 1, got {arguments.workers}")
-    if arguments.dedup == "near":
-        check_threshold(arguments.near_threshold)
-    if arguments.delete_contaminated and not arguments.contamination:
-        raise UserError("--delete-contaminated wants --contamination FILE: the texts to look for")
-    for file in arguments.contamination or ():
-        evaluation_sources(str(file), arguments.text_key)
+def check_evaluation_files(arguments: Arguments) -> None:
+    """Refuse evaluation files that are missing or lack the text key."""
+    for file in arguments.deletions.contamination or ():
+        evaluation_sources(str(file), arguments.documents.text_key)
 
 
-def finish(arguments: argparse.Namespace, manifest: Manifest, console: Console) -> None:
+def finish(arguments: Arguments, manifest: Manifest, console: Console) -> None:
     """Delete what the flags ask to be deleted, and sum up."""
-    output = output_of(arguments)
-    if arguments.dedup or arguments.contamination is not None:
-        place = open_place(arguments.executor, arguments.workers)
+    output = arguments.folder
+    if arguments.deletions.dedup or arguments.deletions.contamination is not None:
+        place = open_place(arguments.work.executor, arguments.work.workers)
         try:
             with locked(output, ask_of_other_hosts=True), place.open() as executor:
                 manifest = deletions(arguments, manifest, executor, console)
@@ -85,19 +85,19 @@ def finish(arguments: argparse.Namespace, manifest: Manifest, console: Console) 
     console.print(summary(output, manifest), markup=False)
 
 
-def deletions(arguments: argparse.Namespace, manifest: Manifest, executor: Executor, console: Console) -> Manifest:
+def deletions(arguments: Arguments, manifest: Manifest, executor: Executor, console: Console) -> Manifest:
     """Mark repeated and contaminated documents as deleted."""
-    output = output_of(arguments)
-    if arguments.dedup:
+    output, flags = arguments.folder, arguments.deletions
+    if flags.dedup:
         manifest = deduplicate(
-            output, method=arguments.dedup, threshold=arguments.near_threshold, executor=executor, console=console
+            output, method=flags.dedup, threshold=flags.near_threshold, executor=executor, console=console
         )
-    if arguments.contamination is not None:
+    if flags.contamination is not None:
         manifest = check_contamination(
             output,
-            arguments.contamination,
-            delete=arguments.delete_contaminated,
-            text_key=arguments.text_key,
+            flags.contamination,
+            delete=flags.delete_contaminated,
+            text_key=arguments.documents.text_key,
             executor=executor,
             console=console,
         )

@@ -413,20 +413,6 @@ def test_an_output_below_the_input_is_no_input(corpus: Path) -> None:
     assert run(wanted)[1].startswith("already complete")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"val_fraction": 1.5}, r"--val-fraction wants a number in \[0, 1\), got 1.5"),
-        ({"max_bad": -1.0, "workers": 0}, r"(?s)--max-bad wants .* got -1\n--workers wants at least 1, got 0"),
-        ({"rules": TextRules(separator="")}, "--text-separator wants at least one character"),
-        ({"rules": TextRules(separator="\udcff")}, r"--text-separator wants UTF-8, got '\\udcff'"),
-    ],
-)
-def test_senseless_numbers_are_refused(corpus: Path, change: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        run(request(corpus, **change))
-
-
 def test_the_training_sample_is_bounded_and_ignores_order() -> None:
     contents = [text.encode() for text in TEXTS]
     sample = training_sample(contents, 2000)

@@ -102,7 +102,7 @@ MISTAKES = {
     "three examples": (["mixed.jsonl", "--output", "out"], "row 8: malformed JSON: {oops"),
     "fraction": (
         ["good.jsonl", "--output", "out", "--val-fraction", "2"],
-        "--val-fraction wants a number in [0, 1), got 2",
+        "--val-fraction: input should be less than 1, got '2'",
     ),
     "no tokenizer": (["good.jsonl", "--output", "out", "--tokenizer", "none.json"], "no tokenizer file none.json"),
     "small vocabulary": (["good.jsonl", "--output", "out", "--tokenizer", "train:9"], "at least 257, got 'train:9'"),
@@ -110,7 +110,7 @@ MISTAKES = {
     "output is a file": (["good.jsonl", "--output", "empty.txt"], "cannot write to empty.txt"),
     "output in use": (["good.jsonl", "--output", "."], "holds other files"),
     "strict": (["mixed.jsonl", "--output", "out", "--strict"], "--strict: "),
-    "share": (["good.jsonl", "--output", "out", "--share", "3/3"], "--share wants I/N with I from 0 to N - 1"),
+    "share": (["good.jsonl", "--output", "out", "--share", "3/3"], "--share: wants I/N with I from 0 to N - 1"),
     "executor": (["good.jsonl", "--output", "out", "--executor", "x"], "--executor wants dask://HOST:PORT, got 'x'"),
     "both validations": (
         ["good.jsonl", "--output", "out", "--val-fraction", "0.1", "--val-input", "mixed.jsonl"],
@@ -118,11 +118,11 @@ MISTAKES = {
     ),
     "small documents": (
         ["good.jsonl", "--output", "out", "--max-doc-bytes", "7"],
-        "--max-doc-bytes wants at least 1024",
+        "--max-doc-bytes: input should be greater than or equal to 1024",
     ),
     "dedup without workers": (
         ["--output", "nowhere", "--dedup", "near", "--workers", "0"],
-        "--workers wants at least 1",
+        "--workers: input should be greater than 0",
     ),
     "near threshold": (
         ["good.jsonl", "--output", "out", "--dedup", "near", "--near-threshold", "0.2"],
@@ -136,13 +136,28 @@ MISTAKES = {
         ["good.jsonl", "--output", "out", "--delete-contaminated"],
         "--delete-contaminated wants --contamination FILE",
     ),
-    "misspelt flag": (["good.jsonl", "--tokenzer", "bytes"], "no flag --tokenzer; did you mean '--tokenizer'?\n"),
-    "underscore": (["good.jsonl", "--val_fraction=0.1"], "no flag --val_fraction; did you mean '--val-fraction'?\n"),
-    "beginning of a flag": (["good.jsonl", "--tok", "bytes"], "no flag --tok; did you mean '--tokenizer'?\n"),
-    "two misspelt flags": (["--zzz", "--worker", "2"], "no flag --zzz\nthere is no flag --worker; did you mean"),
+    "misspelt flag": (
+        ["good.jsonl", "--tokenzer", "bytes"],
+        "--tokenzer: there is no such flag; did you mean '--tokenizer'",
+    ),
+    "another tool's flag": (["good.jsonl", "--num-proc", "2"], "there is no such flag; did you mean '--workers'?\n"),
+    "beginning of a flag": (
+        ["good.jsonl", "--tok", "bytes"],
+        "--tok: there is no such flag; did you mean '--tokenizer'",
+    ),
+    "two misspelt flags": (
+        ["--zzz", "--worker", "2"],
+        "--zzz: there is no such flag\n  --worker: there is no such flag; did you mean",
+    ),
     "flag with a wrong value": (
         ["good.jsonl", "--workers", "two"],
-        "argument --workers: invalid int value: 'two'",
+        "--workers: input should be a valid integer, unable to parse string as an integer, got 'two'",
+    ),
+    "flag without a value": (["good.jsonl", "--output"], "--output: a value is missing"),
+    "empty separator": (["good.jsonl", "--output", "out", "--text-separator", ""], "should have at least 1 character"),
+    "separator that is no text": (
+        ["good.jsonl", "--output", "out", "--text-separator", "\udcff"],
+        "--text-separator: input should be a valid string, unable to parse raw data as a unicode string",
     ),
     "two modes": (["--inspect", "a", "--verify", "b"], "--inspect and --verify exclude each other"),
     "mode and output": (["--verify", "a", "--output", "out"], "--verify and --output exclude each other"),
@@ -192,12 +207,37 @@ def test_mistakes_are_one_message_and_exit_code_2(
     assert [folder for folder in tmp_path.iterdir() if folder.is_dir() and not any(folder.iterdir())] == []
 
 
+def test_faults_of_a_command_come_at_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = "--worker 3 --val-fraction 2 --max-bad 9 --share 3/3 --tokenizer trian:500 --max-doc-bytes 3x --seed a"
+    contradictory = "--near-threshold 0.7 --delete-contaminated --eos"
+    code, _, err = call(*wrong.split(), *contradictory.split(), capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 2
+    flags = (
+        "worker val-fraction max-bad share tokenizer max-doc-bytes seed near-threshold delete-contaminated eos output"
+    )
+    assert [flag for flag in flags.split() if f"\n  --{flag}" not in err] == []
+    assert "nothing to prepare" in err
+    assert err.startswith("error: 12 faults in the command:\n")
+
+
+def test_a_flag_may_be_spelt_with_underscores_and_stand_anywhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_bytes(lines(100))
+    arguments = ("--val_fraction=0.1", "--strict", tmp_path / "a.jsonl", "--output", tmp_path / "out", "--tokenizer")
+    code, out, err = call(*arguments, "bytes", tmp_path / "b.jsonl", capsys=capsys, monkeypatch=monkeypatch)
+    assert (code, err) == (0, "")
+    assert "< 0.1 * 2^64" in out
+    assert sum(open_dataset(tmp_path / "out").split(name).n_documents for name in ("train", "val")) == 200
+
+
 def test_help_names_every_flag(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, _ = call("--help", capsys=capsys, monkeypatch=monkeypatch)
     assert code == 0
     flags = """output dry-run tokenizer eos encoder text-key text-separator exclude max-doc-bytes long-documents
         invalid-utf8 val-fraction val-input seed workers executor share max-bad strict allow-failed dedup
-        near-threshold contamination delete-contaminated inspect verify export"""
+        near-threshold contamination delete-contaminated inspect excerpts verify export"""
     assert [flag for flag in flags.split() if f"--{flag}" not in out] == []
 
 
@@ -333,12 +373,12 @@ WITH_SMALL_UNITS = f"""
 import runpy, sys
 sys.path.insert(0, {str(ROOT)!r})
 sys.argv[:] = sys.argv[1:]
-import pipeline.data.preparing.flags as flags, pipeline.data.preparing.prepare as prepare
+import pipeline.data.preparing.request as request, pipeline.data.preparing.prepare as prepare
 from pipeline.data.reading.formats import TextRules
 class Small(TextRules):
     def __new__(cls, **values):
         return TextRules(**values, unit_bytes=6000)
-flags.TextRules = Small
+request.TextRules = Small
 prepare.refuse_small_disk = lambda *_: None  # there was room when it began
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

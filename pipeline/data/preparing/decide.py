@@ -43,7 +43,6 @@ SMALL_CORPUS_BYTES = 2 * 2**20
 
 def corpus_of(request: Request, console: Console) -> tuple[Corpus, dict[str, Any]]:
     """What the inputs come to, checked, and the identity of the dataset they make."""
-    request.check()
     corpus = find_corpus(
         request.inputs, exclude=request.exclude, output=request.output.resolve(), held_out=request.val_inputs
     )

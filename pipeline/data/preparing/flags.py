@@ -1,233 +1,300 @@
 """The command line of data_prep.py.
 
-In: its arguments. Out: a namespace, and the `Request` that it describes. `--help` is its documentation.
+In: its arguments. Out: checked `Arguments`, or one `UserError` that lists every fault of them. `--help` is the
+documentation of their fields.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, Any, ClassVar, Literal
 
-from pipeline.data.preparing.request import Request
-from pipeline.data.reading.formats import TextRules
-from pipeline.errors import UserError, nearest
+import tyro
+from pydantic import AfterValidator, BeforeValidator, Field
 
-_ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\0": "\0"}
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
-_LOOKING = ("--inspect", "--verify", "--export")
-"""Each is about a dataset that is there, and says which."""
-_DELETING = ("--dedup", "--contamination")
-_WITHOUT_INPUT = {*_DELETING, "--output", "--near-threshold", "--delete-contaminated", "--text-key", "--workers",
-                  "--executor"}  # fmt: skip
+from pipeline.flags import checked, flag_name, flags_of, placed, print_help, read_words
+from pipeline.names import PREPARE_NAMES
+from pipeline.section import Clash, Fraction, PositiveInt, Section, clash
+
+MODES = ("inspect", "verify", "export")
+"""Each is about an existing dataset, and names it."""
+MODE_FLAGS = {"inspect": {"seed", "excerpts"}, "verify": set[str](), "export": {"output"}}
+DELETING = ("dedup", "contamination")
+WITHOUT_INPUT = {*DELETING, "output", "near_threshold", "delete_contaminated", "text_key", "workers", "executor"}
 """What deletes from the dataset in --output; all other flags are about how INPUT is prepared."""
+_ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\0": "\0"}
+_NO_OUTPUT = "--output DIR is missing: where to write the dataset"
+_NOTHING = ("None", "")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
-class _Parser(argparse.ArgumentParser):
-    """Mistakes are told as everywhere else, not by a page of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Instead of printing and leaving."""
-        raise UserError(f"{message}; see --help")
-
-    def flags(self) -> list[str]:
-        """All that there are, in the order of --help."""
-        return [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+def _shown_as(metavar: str) -> Any:
+    """How a flag's value is called in --help; a default of nothing is not worth words."""
+    hint = "(default: {})".format
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=lambda value: hint(value) if value not in _NOTHING else "")
 
 
-def parse(arguments: list[str], *, description: str | None) -> argparse.Namespace:
-    """Parse the command line of the script that describes itself so.
-
-    Raises `UserError` for flags that there are not, with the nearest that there is, and for those that exclude each
-    other.
-    """
-    parser = _Parser(
-        prog="data_prep.py",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("inputs", nargs="*", metavar="INPUT", help="files, folders, globs, hf:NAME[:CONFIG][@REVISION], saved datasets")
-    add("--output", type=Path, metavar="DIR", help="folder of the dataset, made if missing")
-    add("--dry-run", action="store_true", help="only say what it would come to: units, tokens, disk, time")
-    _add_text_flags(parser)
-    _add_work_flags(parser)
-    _add_dataset_flags(parser)
-    found, unknown = parser.parse_known_intermixed_args(arguments)
-    _refuse_unknown([argument for argument in unknown if argument.startswith("-")], parser.flags())
-    written = {argument.partition("=")[0] for argument in arguments}
-    _refuse_conflicts([flag for flag in parser.flags() if flag in written], found)
-    return found
-
-
-def _refuse_unknown(unknown: Sequence[str], flags: Sequence[str]) -> None:
-    """Errors: flags that there are not, all of them."""
-    faults = []
-    for argument in unknown:
-        word = argument.partition("=")[0]
-        begun = [flag for flag in flags if flag.startswith(word)]
-        hint = f"; did you mean {begun[0]!r}?" if len(begun) == 1 else nearest(word, flags)
-        faults.append(f"there is no flag {word}{hint}")
-    if faults:
-        raise UserError("\n".join(faults) + "\n  all flags: --help")
-
-
-def _refuse_conflicts(given: Sequence[str], found: argparse.Namespace) -> None:
-    """Errors: of the flags `given`, those that would be passed over for another one, or for want of it."""
-    looking = [flag for flag in _LOOKING if flag in given]
-    if len(looking) > 1:
-        raise UserError(f"{' and '.join(looking)} exclude each other: give one")
-    if looking:
-        (mode,) = looking
-        rest = [flag for flag in given if flag != mode and (mode, flag) != ("--export", "--output")]
-        rest += [f"the input {name!r}" for name in found.inputs]
-        if rest:
-            alone = "nothing but --output OUT" if mode == "--export" else "no other flag"
-            raise UserError(
-                f"{mode} and {rest[0]} exclude each other: {mode} DIR is about a dataset that is there and takes "
-                f"{alone}; leave one of them out"
-            )
-        return
-    deleting = [flag for flag in _DELETING if flag in given]
-    preparing = [flag for flag in given if flag not in _WITHOUT_INPUT]
-    if deleting and preparing and not found.inputs:
-        raise UserError(
-            f"{deleting[0]} without an INPUT works on the dataset in --output as it is, and {preparing[0]} is about "
-            f"preparing one: name the INPUT, or leave {preparing[0]} out"
-        )
-    if "--near-threshold" in given and found.dedup != "near":
-        raise UserError("--near-threshold is of no use without --dedup near: add that, or leave it out")
-
-
-def _add_text_flags(parser: argparse.ArgumentParser) -> None:
-    """What is a document, and what becomes of it."""
-    add = parser.add_argument_group("tokens").add_argument
-    add(
-        "--tokenizer",
-        default="gpt2",
-        help="hub name, tokenizer.json or its folder, FILE.tiktoken, train:N, chars or bytes (default: gpt2)",
-    )
-    add("--eos", metavar="TOKEN", help="token that ends a document (default: what the tokenizer's folder says, "
-        "else a special token with a common name)")  # fmt: skip
-    add("--encoder", choices=("auto", "gigatoken", "tokenizers"), default="auto",
-        help="auto: gigatoken where it is proven to give the ids of `tokenizers` (default)")  # fmt: skip
-
-    add = parser.add_argument_group("documents").add_argument
-    add("--text-key", default="text", metavar="K", help="key or column that holds the text (default: text)")
-    add("--text-separator", metavar="S", help=r"cuts plain text files into documents; \n and \t are understood")
-    add("--exclude", nargs="+", default=[], metavar="GLOB", action="extend", help="leave out files that match")
-    add("--max-doc-bytes", type=_size, default=TextRules.max_document_bytes, metavar="N[K|M|G]",
-        help="longest document (default: 64M)")  # fmt: skip
-    add("--long-documents", choices=("quarantine", "cut"), default="quarantine",
-        help="what becomes of longer ones: set aside, or cut at white space (default: quarantine)")  # fmt: skip
-    add("--invalid-utf8", choices=("quarantine", "replace"), default="quarantine",
-        help="what becomes of documents with bad bytes: set aside, or to U+FFFD (default: quarantine)")  # fmt: skip
-
-    add = parser.add_argument_group("validation").add_argument
-    add("--val-fraction", type=float, metavar="F",
-        help="held out for validation (default: 0.005; more of small corpora)")  # fmt: skip
-    add(
-        "--val-input",
-        nargs="+",
-        default=[],
-        metavar="INPUT",
-        action="extend",
-        help="these inputs are the validation split",
-    )
-    add("--seed", type=int, default=1337, metavar="N", help="decides which documents are held out (default: 1337)")
-
-
-def _add_work_flags(parser: argparse.ArgumentParser) -> None:
-    """Who does the work, and what stops it."""
-    add = parser.add_argument_group("work").add_argument
-    add("--workers", type=int, default=1, metavar="N", help="processes; the result is the same for any N (default: 1)")
-    add("--executor", metavar="dask://HOST:PORT", help="do the work on a Dask cluster that shares the file system")
-    add("--share", type=_share, metavar="I/N", help="do only share I (from 0) of N, as a task of an array job")
-
-    add = parser.add_argument_group("bad input").add_argument
-    add("--max-bad", type=float, default=0.01, metavar="F", help="bad records tolerated (default: 0.01 of all)")
-    add("--strict", action="store_true", help="stop at the first bad record")
-    add("--allow-failed", action="store_true", help="do without inputs that cannot be read to their end")
-
-
-def _add_dataset_flags(parser: argparse.ArgumentParser) -> None:
-    """What is done with a dataset that is there."""
-    add = parser.add_argument_group("repetition and contamination").add_argument
-    add("--dedup", choices=("exact", "near", "none"), help="delete repeated documents; none takes it back")
-    add(
-        "--near-threshold",
-        type=float,
-        default=0.8,
-        metavar="J",
-        help="Jaccard similarity of near copies (default: 0.8)",
-    )
-    add("--contamination", nargs="*", type=Path, metavar="FILE",
-        help="count training documents that share 13 words in a row with evaluation files (none: forget)")  # fmt: skip
-    add(
-        "--delete-contaminated",
-        action="store_true",
-        help="also delete them; a later check without this takes them back",
-    )
-
-    add = parser.add_argument_group("a dataset that is there").add_argument
-    add("--inspect", type=Path, metavar="DIR", help="show what a dataset holds, and samples of it")
-    add("--verify", type=Path, metavar="DIR", help="check every byte of a dataset")
-    add("--export", type=Path, metavar="DIR", help="write a dataset in the format of llm.c into --output")
-
-
-def _size(text: str) -> int:
-    found = re.fullmatch(r"(\d+)([KMG]?)B?", text.strip().upper())
+def _size(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"(\d+)([KMG]?)B?", value.strip().upper())
     if not found:
-        raise argparse.ArgumentTypeError(f"wanted a number of bytes such as 1000, 64K, 16M or 1G, got {text!r}")
+        raise ValueError(f"wants a number of bytes such as 1000, 64K, 16M or 1G, got {value!r}")
     return int(found[1]) * _UNITS[found[2]]
 
 
-def _share(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"wanted I/N such as 0/16, got {text!r}")
-    return int(found[1]), int(found[2])
+def _share(value: str) -> str:
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", value)
+    if not found or not int(found[1]) < int(found[2]):
+        raise ValueError(f"wants I/N with I from 0 to N - 1, such as 0/16, got {value!r}")
+    return value
 
 
-def output_of(arguments: argparse.Namespace) -> Path:
-    """The folder to write into."""
-    if arguments.output is None:
-        raise UserError("--output DIR is missing: where to write the dataset")
-    output: Path = arguments.output.expanduser()
-    return output
+def _unescaped(value: str) -> str:
+    for spelled, character in _ESCAPES.items():
+        value = value.replace(spelled, character)
+    return value
 
 
-def request_of(arguments: argparse.Namespace) -> Request:
-    """The request that the flags describe."""
-    if not arguments.inputs:
-        raise UserError("nothing to prepare: name files, folders, globs or hf:NAME; see --help")
-    separator = arguments.text_separator
-    for spelled, meant in _ESCAPES.items() if separator is not None else ():
-        separator = separator.replace(spelled, meant)
-    return Request(
-        inputs=tuple(arguments.inputs),
-        output=output_of(arguments),
-        tokenizer=arguments.tokenizer,
-        val_fraction=arguments.val_fraction,
-        val_inputs=tuple(arguments.val_input),
-        workers=arguments.workers,
-        executor=arguments.executor,
-        share=arguments.share,
-        rules=TextRules(
-            key=arguments.text_key,
-            separator=separator,
-            max_document_bytes=arguments.max_doc_bytes,
-            long_documents=arguments.long_documents,
-            invalid_utf8=arguments.invalid_utf8,
-        ),
-        exclude=tuple(arguments.exclude),
-        seed=arguments.seed,
-        eos=arguments.eos,
-        backend=arguments.encoder,
-        max_bad=arguments.max_bad,
-        strict=arguments.strict,
-        allow_failed=arguments.allow_failed,
-    )
+def _tokenizer(value: str) -> str:
+    from pipeline.data.tokenizer import check_tokenizer_name  # --help does without it
+
+    check_tokenizer_name(value)
+    return value
+
+
+def _threshold(value: float) -> float:
+    from pipeline.data.deleting.dedup import check_threshold
+
+    check_threshold(value)
+    return value
+
+
+Folder = Annotated[Annotated[Path, AfterValidator(Path.expanduser)] | None, _shown_as("DIR")]
+
+
+class TokenFlags(Section):
+    """What becomes of text."""
+
+    tokenizer: Annotated[str, AfterValidator(_tokenizer), _shown_as("NAME|FILE|train:N|chars|bytes")] = "gpt2"
+    """Hub name, tokenizer.json or its folder, FILE.tiktoken, train:N (trained on the corpus), chars or bytes."""
+    eos: Annotated[str | None, _shown_as("TOKEN")] = None
+    """Token that ends a document (default: what the tokenizer's folder says, else a special token with a common name)."""
+    encoder: Literal["auto", "gigatoken", "tokenizers"] = "auto"
+    """auto: gigatoken where it is proven to give the ids of `tokenizers`."""
+
+
+class DocumentFlags(Section):
+    """What is a document."""
+
+    text_key: Annotated[str, _shown_as("K")] = "text"
+    """Key or column that holds the text."""
+    text_separator: Annotated[
+        Annotated[str, Field(min_length=1), AfterValidator(_unescaped)] | None, _shown_as("S")
+    ] = None
+    r"""Cuts plain text files into documents; \n and \t are understood (default: a file is one document)."""
+    exclude: Annotated[tuple[str, ...], Field(min_length=1), _shown_as("GLOB ...")] = ()
+    """Leave out files that match."""
+    max_doc_bytes: Annotated[int, BeforeValidator(_size), Field(ge=1024), _shown_as("N[K|M|G]")] = 2**26
+    """Longest document (default: 64M)."""
+    long_documents: Literal["quarantine", "cut"] = "quarantine"
+    """What becomes of longer ones: set aside, or cut at white space."""
+    invalid_utf8: Literal["quarantine", "replace"] = "quarantine"
+    """What becomes of documents with bad bytes: set aside, or each to U+FFFD."""
+
+
+class ValidationFlags(Section):
+    """What is held out."""
+
+    val_fraction: Annotated[Fraction | None, _shown_as("F")] = None
+    """Share held out for validation (default: 0.005; more of small corpora)."""
+    val_input: Annotated[tuple[str, ...], Field(min_length=1), _shown_as("INPUT ...")] = ()
+    """These inputs are the validation split."""
+    seed: Annotated[int, _shown_as("N")] = 1337
+    """Decides which documents are held out; with --inspect, which excerpts are shown (default there: another draw each
+    time)."""
+
+
+class WorkFlags(Section):
+    """Who does the work."""
+
+    workers: Annotated[PositiveInt, _shown_as("N")] = 1
+    """Processes; the result is the same for any number."""
+    executor: Annotated[str | None, _shown_as("dask://HOST:PORT")] = None
+    """Do the work on a Dask cluster that shares the file system."""
+    share: Annotated[Annotated[str, AfterValidator(_share)] | None, _shown_as("I/N")] = None
+    """Do only share I (from 0) of N, as a task of an array job."""
+
+
+class BadInputFlags(Section):
+    """What stops the work."""
+
+    max_bad: Annotated[float, Field(ge=0, le=1), _shown_as("F")] = 0.01
+    """Bad records tolerated, as a share of all."""
+    strict: bool = False
+    """Stop at the first bad record."""
+    allow_failed: bool = False
+    """Do without inputs that cannot be read to their end."""
+
+
+class DeletionFlags(Section):
+    """Repetition and contamination; without an INPUT, in the dataset in --output as it is."""
+
+    dedup: Literal["exact", "near", "none"] | None = None
+    """Delete repeated documents; none takes it back."""
+    near_threshold: Annotated[float, AfterValidator(_threshold), _shown_as("J")] = 0.8
+    """Jaccard similarity of near copies."""
+    contamination: Annotated[tuple[Path, ...] | None, _shown_as("FILE ...")] = None
+    """Count training documents that share 13 words in a row with evaluation files (no file: forget)."""
+    delete_contaminated: bool = False
+    """Also delete them; a later check without this takes them back."""
+
+
+class DatasetFlags(Section):
+    """What to do with an existing dataset."""
+
+    inspect: Folder = None
+    """Show what a dataset holds, per input too, and excerpts of it."""
+    excerpts: Annotated[int, Field(ge=0), _shown_as("N")] = 3
+    """--inspect: excerpts to show of each input, up to 20 inputs."""
+    verify: Folder = None
+    """Check every byte of a dataset."""
+    export: Folder = None
+    """Write a dataset in the format of llm.c into --output."""
+
+
+class Arguments(Section):
+    """The command line of data_prep.py."""
+
+    other_names: ClassVar[Mapping[str, str]] = PREPARE_NAMES
+    inputs: tyro.conf.Positional[Annotated[tuple[str, ...], _shown_as("INPUT ...")]] = ()
+    """Files, folders, globs, hf:NAME[:CONFIG][@REVISION], saved datasets."""
+    output: Folder = None
+    """Folder of the dataset, made if missing."""
+    dry_run: bool = False
+    """Only say what it would come to: units, tokens, disk, time."""
+    tokens: TokenFlags = TokenFlags()
+    documents: DocumentFlags = DocumentFlags()
+    validation: ValidationFlags = ValidationFlags()
+    work: WorkFlags = WorkFlags()
+    bad_input: BadInputFlags = BadInputFlags()
+    deletions: DeletionFlags = DeletionFlags()
+    dataset: DatasetFlags = DatasetFlags()
+
+    def given(self) -> list[str]:
+        """Keys of the flags that were given, in the order of --help."""
+        keys = []
+        for key in type(self).model_fields:
+            value = getattr(self, key)
+            names = type(value).model_fields if isinstance(value, Section) else ()
+            keys += [name for name in names if name in value.model_fields_set]
+            keys += [key] if key in self.model_fields_set and not isinstance(value, Section) else []
+        return keys
+
+    @property
+    def deletes_only(self) -> bool:
+        """Whether a dataset is worked on as it is, without preparing one."""
+        return not self.inputs and any(key in DELETING for key in self.given())
+
+    @property
+    def folder(self) -> Path:
+        """The folder to write into; `clashes` makes sure that it is given."""
+        assert self.output is not None, "checked when the command line is read"
+        return self.output
+
+    def clashes(self) -> list[Clash]:
+        """Flags that would be ignored because of another one, or for want of it."""
+        given = self.given()
+        modes = [key for key in MODES if key in given]
+        if len(modes) > 1:
+            text = f"{' and '.join(map(_flag, modes))} exclude each other: give one"
+            return [clash(text, *(f"dataset.{mode}" for mode in modes))]
+        if modes:
+            return self._beside(modes[0], given)
+        deleting = [key for key in DELETING if key in given]
+        preparing = [key for key in given if key not in WITHOUT_INPUT and key != "inputs"]
+        validation, work, deletions = self.validation, self.work, self.deletions
+        checks = (
+            (
+                not self.inputs and not deleting,
+                "nothing to prepare: name files, folders, globs or hf:NAME; see --help",
+                ("inputs",),
+            ),
+            (self.output is None, _NO_OUTPUT, ("output",)),
+            (
+                bool(deleting and preparing and not self.inputs),
+                (
+                    f"{''.join(map(_flag, deleting[:1]))} without an INPUT works on the dataset in --output as it is, "
+                    f"and {', '.join(map(_flag, preparing))} is about preparing one: name the INPUT, or leave that out"
+                ),
+                ("inputs",),
+            ),
+            (
+                "near_threshold" in given and deletions.dedup != "near",
+                "--near-threshold is of no use without --dedup near: add that, or leave it out",
+                ("deletions.dedup",),
+            ),
+            (
+                deletions.delete_contaminated and not deletions.contamination,
+                "--delete-contaminated wants --contamination FILE: the texts to look for",
+                ("deletions.contamination",),
+            ),
+            (
+                "excerpts" in given,
+                "--excerpts is of no use without --inspect DIR: leave it out",
+                ("dataset.inspect",),
+            ),
+            (
+                bool(validation.val_fraction and validation.val_input),
+                "--val-fraction and --val-input exclude each other: give one",
+                ("validation.val_fraction", "validation.val_input"),
+            ),
+            (
+                work.share is not None and work.executor is not None,
+                "--share and --executor exclude each other: give one",
+                ("work.share", "work.executor"),
+            ),
+        )
+        return [Clash(text, keys) for wrong, text, keys in checks if wrong]
+
+    def _beside(self, mode: str, given: list[str]) -> list[Clash]:
+        """What stands beside a flag that is about an existing dataset."""
+        found = []
+        rest = [_flag(key) for key in given if key not in {mode, "inputs", *MODE_FLAGS[mode]}]
+        rest += [f"the input {name!r}" for name in self.inputs]
+        if rest:
+            allowed = " and ".join(map(_flag, sorted(MODE_FLAGS[mode])))
+            text = (
+                f"{_flag(mode)} and {', '.join(rest)} exclude each other: {_flag(mode)} DIR is about an existing "
+                f"dataset and takes {f'nothing but {allowed}' if allowed else 'no other flag'}"
+            )
+            found.append(clash(text, f"dataset.{mode}"))
+        if mode == "export" and self.output is None:
+            found.append(clash(_NO_OUTPUT, "output"))
+        return found
+
+
+def _flag(key: str) -> str:
+    return flag_name((key,))
+
+
+def parse(arguments: list[str]) -> Arguments:
+    """Read a command line. Raises `UserError` that lists every fault of it."""
+    flags = flags_of(Arguments, {}, prefixed=False)
+    line = read_words(arguments, flags, Arguments)
+    given = dict(line.given)
+    if line.rest:
+        given["inputs",] = line.rest
+    names = {flag.path: name for name, flag in flags.items()}
+    return checked(Arguments, placed({}, given), origin="the command", names=names, faults=line.faults)
+
+
+def answer_at_once(description: str | None) -> None:
+    """Answer `--help` and exit; it does not wait for the imports of the work."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        default = Arguments.model_construct()
+        print_help(Arguments, default, program="data_prep.py", description=description or "", prefixed=False)
+        raise SystemExit(0)

@@ -24,11 +24,12 @@ from pipeline.data.manifest import (
     read_manifest,
 )
 from pipeline.data.preparing.encoder import Backend
+from pipeline.data.preparing.flags import Arguments
 from pipeline.data.preparing.ledger import LedgerHeader, headers, ledgers, unrecorded
 from pipeline.data.preparing.unit import UnitReport
-from pipeline.data.reading.corpus import Corpus, is_unicode
+from pipeline.data.reading.corpus import Corpus
 from pipeline.data.reading.formats import TextRules
-from pipeline.data.tokenizer import TextTokenizer, check_tokenizer_name
+from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError, counted
 from pipeline.locks import LOCK_NAME, refuse_held
 
@@ -38,7 +39,7 @@ _NAMED = 5
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for; see `data_prep.py --help`."""
+    """What the user asked for; `flags.Arguments` documents and checks it."""
 
     inputs: tuple[str, ...]
     output: Path
@@ -56,31 +57,6 @@ class Request:
     max_bad: float = 0.01
     strict: bool = False
     allow_failed: bool = False
-
-    def check(self) -> None:
-        """Refuse numbers that make no sense, all at once."""
-        faults = []
-        if self.val_fraction is not None and not 0 <= self.val_fraction < 1:
-            faults.append(f"--val-fraction wants a number in [0, 1), got {self.val_fraction:g}")
-        if self.val_fraction and self.val_inputs:
-            faults.append("--val-fraction and --val-input exclude each other: give one")
-        if not 0 <= self.max_bad <= 1:
-            faults.append(f"--max-bad wants a number in [0, 1], got {self.max_bad:g}")
-        if self.workers < 1:
-            faults.append(f"--workers wants at least 1, got {self.workers}")
-        if self.rules.separator == "":
-            faults.append("--text-separator wants at least one character, got none")
-        if self.rules.max_document_bytes < 1024:
-            faults.append(f"--max-doc-bytes wants at least 1024, got {self.rules.max_document_bytes}")
-        if self.share is not None and not 0 <= self.share[0] < self.share[1]:
-            faults.append(f"--share wants I/N with I from 0 to N - 1, got {self.share[0]}/{self.share[1]}")
-        texts = {"--text-key": self.rules.key, "--text-separator": self.rules.separator, "--eos": self.eos}
-        faults += [f"{flag} wants UTF-8, got {text!r}" for flag, text in texts.items() if text and not is_unicode(text)]
-        if self.share is not None and self.executor is not None:
-            faults.append("--share and --executor exclude each other: give one")
-        if faults:
-            raise UserError("\n".join(faults))
-        check_tokenizer_name(self.tokenizer)
 
     def identity(self, corpus: Corpus) -> dict[str, Any]:
         """The settings that the dataset depends on, as recorded and compared. Workers are not among them."""
@@ -103,6 +79,36 @@ class Request:
             "val_inputs": f"{len(held_out)} sources, digest {digest_of(held_out)[:16]}" if held_out else 0,
             "seed": self.seed,
         }
+
+
+def request_of(arguments: Arguments) -> Request:
+    """The preparation that a command line asks for."""
+    tokens, documents, validation, work = arguments.tokens, arguments.documents, arguments.validation, arguments.work
+    part, _, parts = (work.share or "").partition("/")
+    return Request(
+        inputs=arguments.inputs,
+        output=arguments.folder,
+        tokenizer=tokens.tokenizer,
+        val_fraction=validation.val_fraction,
+        val_inputs=validation.val_input,
+        workers=work.workers,
+        executor=work.executor,
+        share=(int(part), int(parts)) if work.share else None,
+        rules=TextRules(
+            key=documents.text_key,
+            separator=documents.text_separator,
+            max_document_bytes=documents.max_doc_bytes,
+            long_documents=documents.long_documents,
+            invalid_utf8=documents.invalid_utf8,
+        ),
+        exclude=documents.exclude,
+        seed=validation.seed,
+        eos=tokens.eos,
+        backend=tokens.encoder,
+        max_bad=arguments.bad_input.max_bad,
+        strict=arguments.bad_input.strict,
+        allow_failed=arguments.bad_input.allow_failed,
+    )
 
 
 def look_at(request: Request, corpus: Corpus, identity: dict[str, Any]) -> tuple[str, bool]:
