@@ -12,56 +12,31 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
 
+from pipeline.errors import UserError, run_command
+from pipeline.generate.arguments import Arguments, answer_at_once, read_arguments
 from pipeline.train.processes.launched import prepare_allocator
 
 if __name__ == "__main__":
+    run_command(partial(answer_at_once, __doc__))
     prepare_allocator()
 
 import torch
-import tyro
 
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
-from pipeline.errors import UserError, run_command
-from pipeline.generate.decode import Options, to_bf16
+from pipeline.generate.decode import to_bf16
 from pipeline.generate.text import Piece, finished, write
 from pipeline.model.hf import is_hf_folder, load_hf
 from pipeline.model.transformer import Decoder
 from pipeline.train.saving.checkpoint import load_model, read_state, resolve_checkpoint
 from pipeline.train.saving.storage import read_bytes
 
-Texts = Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction]
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """Continue prompts with a trained model."""
-
-    source: tyro.conf.Positional[str]
-    """Run folder (its newest checkpoint), checkpoint (also an address: s3://...), or Hugging Face folder."""
-    prompt: Texts = ()
-    """Texts to continue; - is standard input. Without any: piped standard input, or the start of a new document."""
-    prompt_file: Path | None = None
-    """UTF-8 file with one more prompt. A last line break of a file or of standard input is not part of the prompt."""
-    sampling: Annotated[Options, tyro.conf.OmitArgPrefixes] = field(default_factory=Options)
-    stop: Texts = ()
-    """Texts that end a sample; they are not printed."""
-    ignore_eos: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Go on after the token that ends a document."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the model."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: CUDA when present."""
-    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print one JSON object per sample and line: prompt, text, tokens, finish_reason, seed."""
-
 
 def main() -> None:
     """Prompts, model, text: in the order of the flow."""
-    arguments = tyro.cli(Arguments, prog="sample.py", description=__doc__)
+    arguments = read_arguments(__doc__)
     prompts = read_prompts(arguments)
     model, tokenizer, eos_ids = load(arguments.source, device=choose_device(arguments.device))
     if arguments.precision == "bf16":

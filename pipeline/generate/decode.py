@@ -10,7 +10,6 @@ every window whole. Both see the same tokens at the same positions.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
+from pipeline.generate.arguments import Options as Options  # part of this module to all others
 from pipeline.generate.logits import draw, heat, keep_min_p, keep_top_k, keep_top_p, penalise_repetition
 from pipeline.model.layers import KVCache
 from pipeline.model.transformer import Decoder
@@ -28,48 +28,6 @@ from pipeline.seeds import named_seed
 KEYS_AT_ONCE = 128  # visible keys on CUDA are a multiple of this: a handful of graphs, and aligned masks
 Finish = Literal["eos", "stop", "length"]
 Until = Callable[[int, int, int], bool]
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to continue prompts."""
-
-    max_new_tokens: int = 256
-    """Tokens after which a row ends with "length"."""
-    temperature: float = 1.0
-    """Below 1 sharpens the distribution, above 1 flattens it; 0 takes the most likely token."""
-    top_k: int | None = None
-    """Draw from the k most likely tokens."""
-    top_p: float = 1.0
-    """Draw from the smallest set of tokens that holds this probability."""
-    min_p: float = 0.0
-    """Draw from the tokens at least this times as likely as the most likely one."""
-    repetition_penalty: float = 1.0
-    """Above 1 makes tokens of the prompt and of the text so far less likely."""
-    num_samples: int = 1
-    """Continuations of each prompt."""
-    seed: int = 1337
-    """Sample s of prompt p always draws from the same stream, whatever else is in the batch."""
-    cache: bool = True
-    """Keep keys and values. False recomputes the window for every token: the reference, and slow."""
-    batch_rows: int = 32
-    """Rows decoded at once: bounds the memory of the cache and changes no text."""
-
-    def __post_init__(self) -> None:
-        """Refuse values out of range with a `UserError` that lists all of them."""
-        wanted = {
-            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "temperature": (0 <= self.temperature < math.inf, "0 (greedy) or above"),
-            "top_k": (self.top_k is None or self.top_k >= 1, "at least 1"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0 (1 leaves the logits alone)"),
-            "num_samples": (self.num_samples >= 1, "at least 1"),
-            "batch_rows": (self.batch_rows >= 1, "at least 1"),
-        }
-        faults = [f"{name} must be {text}, got {getattr(self, name)}" for name, (ok, text) in wanted.items() if not ok]
-        if faults:
-            raise UserError("; ".join(faults))
 
 
 @dataclass(frozen=True)
