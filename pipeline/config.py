@@ -82,6 +82,11 @@ class ModelConfig(Section):
     """Standard deviation of initial weights; residual outputs get init_std / sqrt(2 n_layers)."""
 
     @property
+    def pre_norm(self) -> bool:
+        """Whether sublayers normalise their input."""
+        return {"pre": True, "post": False}[self.norm_position]
+
+    @property
     def kv_heads(self) -> int:
         """Key/value heads after defaults."""
         return self.n_kv_heads or self.n_heads
@@ -157,6 +162,11 @@ class OptimConfig(Section):
     decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
     """wsd only: share of the horizon spent decaying."""
 
+    @property
+    def has_horizon(self) -> bool:
+        """Whether the schedule goes down to `min_lr` at a horizon."""
+        return {"cosine": True, "wsd": True, "linear": True, "inverse_sqrt": False, "constant": False}[self.schedule]
+
     def clashes(self) -> list[Clash]:
         """One unit per length; a schedule that goes down."""
         found = []
@@ -172,7 +182,7 @@ class OptimConfig(Section):
         if self.schedule == "constant" and self.min_lr:
             text = "min_lr has no effect with schedule constant: set it to 0"
             found.append(clash(text, "schedule", "min_lr"))
-        if self.schedule in ("constant", "inverse_sqrt") and (self.horizon_steps or self.horizon_tokens):
+        if not self.has_horizon and (self.horizon_steps or self.horizon_tokens):
             text = f"a horizon has no effect with schedule {self.schedule}: set it to null"
             found.append(clash(text, "schedule", "horizon_steps", "horizon_tokens"))
         return found
@@ -274,7 +284,7 @@ class Config(Section):
             text = f"warm-up of {self.warmup} steps reaches into the decay, which begins after {stable:.0f}"
             found.append(clash(text, *_LENGTHS, "optim.decay_fraction"))
         at_zero = self.total_steps - self.horizon + 1
-        decays = self.optim.schedule in ("cosine", "wsd", "linear") and self.optim.min_lr == 0
+        decays = self.optim.has_horizon and self.optim.min_lr == 0
         if decays and at_zero > max(1, self.total_steps // 100):
             text = (
                 f"the learning rate would be 0 for {at_zero} of {self.total_steps} steps: raise optim.min_lr, "

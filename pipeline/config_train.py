@@ -65,6 +65,16 @@ class TrainConfig(Section):
     hang_minutes: PositiveFloat = 10.0
     """End all ranks when one makes no progress for so long; start-up, compiling and saving have six times as long."""
 
+    @property
+    def allowed_skips(self) -> int:
+        """Updates that a run may leave out."""
+        return {"stop": 0, "skip": self.max_skips}[self.on_nonfinite]
+
+    @property
+    def rolls_back(self) -> bool:
+        """Whether a jump of the loss sends the run back."""
+        return {"ignore": False, "rollback": True}[self.on_spike]
+
     def clashes(self) -> list[Clash]:
         """Exactly one length; nothing that has no effect."""
         found = []

@@ -10,9 +10,10 @@ Nothing here knows of ranks, devices, precision or optimizers: those are applied
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, assert_never
 
 import torch
 import torch.nn.functional as F
@@ -57,9 +58,12 @@ class RMSNorm(nn.Module):
 
 def build_norm(config: ModelConfig) -> nn.Module:
     """The norm of the residual stream."""
-    if config.norm == "rmsnorm":
-        return RMSNorm(config.d_model, eps=config.norm_eps)
-    return LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
+    match config.norm:
+        case "layernorm":
+            return LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
+        case "rmsnorm":
+            return RMSNorm(config.d_model, eps=config.norm_eps)
+    assert_never(config.norm)
 
 
 def sinusoid(positions: Tensor, channels: int) -> Tensor:
@@ -274,6 +278,19 @@ class Attention(nn.Module):
         )  # (B, T, C) -> (B, T, heads, D) -> (B, heads, T, D)
 
 
+def relu2(x: Tensor) -> Tensor:
+    """max(0, x)^2, element by element."""
+    return F.relu(x).square()
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu2": relu2,
+    "swiglu": F.silu,
+}
+
+
 class MLP(nn.Module):
     """Two layers around an activation, position by position.
 
@@ -283,7 +300,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.activation = config.mlp
+        self.activation = ACTIVATIONS[config.mlp]
         self.up = nn.Linear(config.d_model, config.hidden, bias=config.bias)
         self.gate = nn.Linear(config.d_model, config.hidden, bias=config.bias) if config.mlp == "swiglu" else None
         self.down = nn.Linear(config.hidden, config.d_model, bias=config.bias)
@@ -291,11 +308,6 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C), through (B, T, F)."""
         hidden = self.up(x)
-        if self.gate is not None:
-            hidden = F.silu(self.gate(x)) * hidden
-        elif self.activation == "relu2":
-            hidden = F.relu(hidden).square()
-        else:
-            hidden = F.gelu(hidden, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+        hidden = self.activation(hidden) if self.gate is None else self.activation(self.gate(x)) * hidden
         out: Tensor = self.down(hidden)
         return out

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import assert_never
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.pre_norm = config.norm_position == "pre"
+        self.pre_norm = config.pre_norm
         self.attention_norm = build_norm(config)
         self.attention = Attention(config)
         self.mlp_norm = build_norm(config)
@@ -78,7 +79,7 @@ class Stack(nn.Module):
         super().__init__()
         self.config = config
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.final_norm = build_norm(config) if config.norm_position == "pre" else nn.Identity()
+        self.final_norm = build_norm(config) if config.pre_norm else nn.Identity()
 
     def forward(
         self, x: Tensor, *, positions: Tensor, documents: Tensor | None, cache: KVCache | None, visible: int
@@ -128,8 +129,14 @@ class Embedding(nn.Module):
         super().__init__()
         self.config = config
         self.tokens = nn.Embedding(rows, config.d_model)
-        learned = config.position == "learned"
-        self.positions = nn.Embedding(config.context_length, config.d_model) if learned else None
+        self.positions: nn.Embedding | None = None
+        match config.position:
+            case "learned":
+                self.positions = nn.Embedding(config.context_length, config.d_model)
+            case "sinusoidal" | "rotary" | "none":
+                pass  # added in `forward`, applied in attention, or not there at all
+            case _:
+                assert_never(config.position)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:

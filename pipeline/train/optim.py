@@ -7,6 +7,7 @@ function of numbers. There is no scheduler object, so there is nothing of it to 
 from __future__ import annotations
 
 import math
+from typing import assert_never
 
 import torch
 from torch import nn
@@ -46,14 +47,17 @@ def learning_rate(step: int, config: Config) -> float:
     if step <= warmup:
         return optim.lr * step / warmup
     progress = min((step - warmup) / max(horizon - warmup, 1), 1.0)
-    if optim.schedule == "cosine":
-        return optim.min_lr + (optim.lr - optim.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-    if optim.schedule == "linear":
-        return optim.lr + (optim.min_lr - optim.lr) * progress
-    if optim.schedule == "wsd":
-        decay_steps = max(round(horizon * optim.decay_fraction), 1)
-        decayed = min(max(step - (horizon - decay_steps), 0) / decay_steps, 1.0)
-        return optim.lr + (optim.min_lr - optim.lr) * decayed
-    if optim.schedule == "inverse_sqrt":
-        return max(optim.lr * math.sqrt(max(warmup, 1) / step), optim.min_lr)
-    return optim.lr
+    match optim.schedule:
+        case "cosine":
+            return optim.min_lr + (optim.lr - optim.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+        case "linear":
+            return optim.lr + (optim.min_lr - optim.lr) * progress
+        case "wsd":
+            decay_steps = max(round(horizon * optim.decay_fraction), 1)
+            decayed = min(max(step - (horizon - decay_steps), 0) / decay_steps, 1.0)
+            return optim.lr + (optim.min_lr - optim.lr) * decayed
+        case "inverse_sqrt":
+            return max(optim.lr * math.sqrt(max(warmup, 1) / step), optim.min_lr)
+        case "constant":
+            return optim.lr
+    assert_never(optim.schedule)

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
-from typing import Literal
+from typing import Literal, assert_never
 
 import torch
 import torch.distributed as dist
@@ -208,9 +208,14 @@ def parallelise(config: Config, *, n_tokens: int, runtime: Runtime) -> Parallel:
 
 def shards_of(strategy: Strategy, config: ParallelConfig, *, runtime: Runtime) -> int:
     """Ranks among which one replica is divided."""
-    if strategy == "hsdp":
-        return _shard_ranks(config, world_size=runtime.world_size, local_world_size=runtime.local_world_size)
-    return runtime.world_size if strategy == "fsdp" else 1
+    match strategy:
+        case "single" | "ddp":
+            return 1
+        case "fsdp":
+            return runtime.world_size
+        case "hsdp":
+            return _shard_ranks(config, world_size=runtime.world_size, local_world_size=runtime.local_world_size)
+    assert_never(strategy)
 
 
 def held_rows(parameter: Tensor) -> tuple[Tensor, range]:
@@ -237,11 +242,12 @@ def adapt_blocks(model: Decoder, *, checkpointing: Literal["none", "selective", 
 
     All blocks share one function, so a model of any depth compiles one graph for each kind of block; so does the loss.
     """
-    forward: BlockForward = Block.forward
-    if checkpointing == "full":
-        forward = _recomputed
-    elif checkpointing == "selective":
-        forward = _recomputed_but_products
+    ways: dict[str, BlockForward] = {
+        "none": Block.forward,
+        "selective": _recomputed_but_products,
+        "full": _recomputed,
+    }
+    forward = ways[checkpointing]
     if compiled:
         dynamo.optimize_ddp = False  # for models in one graph, which it cuts at DDP's buckets; blocks are cut already
         dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS)

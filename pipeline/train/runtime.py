@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 import torch.distributed as dist
@@ -311,9 +311,16 @@ def peak_memory(device: torch.device) -> int:
 
 def _device_type(config: TrainConfig) -> str:
     available = torch.cuda.is_available()
-    if config.device == "cuda" and not available:
-        raise UserError("train.device is cuda, but PyTorch finds no CUDA device; use train.device auto or cpu")
-    return "cuda" if available and config.device != "cpu" else "cpu"
+    match config.device:
+        case "auto":
+            return "cuda" if available else "cpu"
+        case "cpu":
+            return "cpu"
+        case "cuda":
+            if not available:
+                raise UserError("train.device is cuda, but PyTorch finds no CUDA device; use train.device auto or cpu")
+            return "cuda"
+    assert_never(config.device)
 
 
 def _precision(config: TrainConfig, device_type: str) -> torch.dtype:

@@ -125,7 +125,7 @@ class Trainer:
                 self.parallel.clear_gradients()  # the same batch once more, so that none is lost
                 continue
             self.scale = scale  # no scale helped
-            if self.config.train.on_nonfinite == "skip" and self.skipped < self.config.train.max_skips:
+            if self.skipped < self.config.train.allowed_skips:
                 return found
             refuse_update(loss, norm, losses, batch=batch, step=step, loader=self.loader)
 

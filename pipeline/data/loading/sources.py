@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from typing import assert_never
 
 from pipeline.config import Config
 from pipeline.config_data import SourceConfig
@@ -141,9 +142,12 @@ def open_source(source: SourceConfig) -> Dataset:
 def make_plan(split: TokenSplit, config: Config, *, digest: str) -> Plan:
     """How the documents of a split of dataset `digest` become rows."""
     context_length = config.model.context_length
-    if config.data.plan == "concat":
-        return Concat(split, context_length=context_length)
-    return Pack(split, context_length=context_length, key=named_seed(config.seed, "pack", digest))
+    match config.data.plan:
+        case "concat":
+            return Concat(split, context_length=context_length)
+        case "pack":
+            return Pack(split, context_length=context_length, key=named_seed(config.seed, "pack", digest))
+    assert_never(config.data.plan)
 
 
 def unique_names(paths: Sequence[str]) -> list[str]:

@@ -82,8 +82,8 @@ class TokenFlags(Section):
     tokenizer: Annotated[str, AfterValidator(_tokenizer), _shown_as("NAME|FILE|train:N|chars|bytes")] = "gpt2"
     """Hub name, tokenizer.json or its folder, FILE.tiktoken, train:N (trained on the corpus), chars or bytes."""
     eos: Annotated[str | None, _shown_as("TOKEN")] = None
-    """Token that ends a document (default: the one that the tokenizer's folder names, else a special token with a common
-    name)."""
+    """Token that ends a document (default: the one that the tokenizer's folder names, else a special token with a
+    common name)."""
     encoder: Literal["auto", "gigatoken", "tokenizers"] = "auto"
     """auto: gigatoken where it is proven to give the ids of `tokenizers`."""
 

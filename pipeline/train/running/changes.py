@@ -110,8 +110,12 @@ def _meaning(config: Config, n_tokens: int) -> dict[str, Any]:
     for section, keys in resolved(config).items():
         if isinstance(keys, dict):
             flat.update({f"{section}.{key}": value for key, value in keys.items()})
-    shaped = config.optim.schedule not in ("constant", "inverse_sqrt")  # these two know no horizon
-    flat.update({"optim.warmup_steps": config.warmup, "optim.horizon_steps": config.horizon if shaped else None})
+    flat.update(
+        {
+            "optim.warmup_steps": config.warmup,
+            "optim.horizon_steps": config.horizon if config.optim.has_horizon else None,
+        }
+    )
     flat.update({"optim.warmup_tokens": None, "optim.horizon_tokens": None})
     model = config.model
     flat.update({"model.n_kv_heads": model.kv_heads, "model.d_ff": model.hidden})

@@ -14,7 +14,7 @@ from pipeline.config import Config
 from pipeline.data.loading.loader import Loader
 from pipeline.errors import duration, sized
 from pipeline.train.memory import bytes_needed, device_memory, model_sizes
-from pipeline.train.parallel import Parallel
+from pipeline.train.parallel import Parallel, shards_of
 from pipeline.train.runtime import Runtime
 from pipeline.train.state import TrainState
 
@@ -37,9 +37,7 @@ def rehearse(config: Config, state: TrainState, *, parallel: Parallel, loader: L
 
 def _memory(config: Config, parallel: Parallel, runtime: Runtime) -> str:
     parameters, largest = model_sizes(config.model, n_tokens=parallel.model.n_tokens)
-    shards = {"single": 1, "ddp": 1, "fsdp": runtime.world_size}.get(
-        parallel.strategy, config.parallel.shard_ranks or runtime.local_world_size
-    )
+    shards = shards_of(parallel.strategy, config.parallel, runtime=runtime)
     need = bytes_needed(
         config,
         parameters=parameters,

@@ -158,7 +158,7 @@ class Run:
     def spiked(self, before: TrainState, result: StepResult) -> bool:
         """Whether the loss jumped and the run is to go back from it."""
         train = self.config.train
-        if train.on_spike == "ignore" or result.skipped:
+        if not train.rolls_back or result.skipped:
             return False
         return is_spike(result.loss, before.recent_losses, deviations=train.spike_deviations)
 

@@ -295,7 +295,7 @@ class CheckpointStore:
         self._closed.discard(self._shelf.final(saved).name)  # written anew
         counted = [old for old in self._shelf.checkpoints() if step_of(old) <= saved and old.name not in self._closed]
         kept = counted[-settings.keep :]
-        if self.config.train.on_spike == "rollback":
+        if self.config.train.rolls_back:
             kept += [old for old in counted if step_of(old) % settings.every == 0][-1:]
         surplus = [old for old in counted if old not in kept and not self._is_milestone(step_of(old))]
         under_way = self._shelf.workplace(saved)
