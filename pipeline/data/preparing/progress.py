@@ -1,10 +1,12 @@
-"""The progress bar of a preparation, shown on a terminal only.
+"""How far a preparation is: a bar on a terminal, a line every half minute elsewhere (a log, a pipe, a batch job).
 
-In: batches and units as they are finished. Out: text bytes a second, tokens a second, time left, drops.
+In: batches and units as they are finished. Out: share done, text bytes and tokens a second, time left, drops.
 """
 
 from __future__ import annotations
 
+import threading
+import time
 from types import TracebackType
 from typing import Self
 
@@ -12,14 +14,21 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from pipeline.data.preparing.unit import UnitReport
+from pipeline.errors import duration, sized
+
+INTERVAL = 30.0
+"""Seconds between lines where there is no terminal."""
 
 
 class UnitProgress:
     """Counts expected bytes of text, of which `total` are to do, and corrects itself at the end of each unit."""
 
     def __init__(self, console: Console, *, total: int) -> None:
-        self._finished = 0
-        self._progress = Progress(
+        self._console, self._total = console, total
+        self._began = time.monotonic()
+        self._committed = self._bytes = 0  # of text: in committed units; with the batches of the one at work
+        self._committed_tokens = self._tokens = self._drops = 0
+        self._bar = Progress(
             TextColumn("preparing"),
             BarColumn(),
             TransferSpeedColumn(),
@@ -31,35 +40,56 @@ class UnitProgress:
             disable=not console.is_terminal,
             transient=True,
         )
-        self._task = self._progress.add_task("", total=total, rate="-", drops=0)
-        self._tokens = self._counted = self._drops = 0
+        self._task = self._bar.add_task("", total=total, rate="-", drops=0)
+        self._ended = threading.Event()
+        self._lines = threading.Thread(target=self._print_lines, daemon=True)
 
     def __enter__(self) -> Self:
-        """Show the bar."""
-        self._progress.start()
+        """Begin to show it."""
+        self._bar.start()
+        if self._bar.disable:
+            self._lines.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        """Remove the bar."""
-        self._progress.stop()
+        """Remove the bar, or end the lines."""
+        self._ended.set()
+        if self._lines.is_alive():
+            self._lines.join()
+        self._bar.stop()
 
     def on_batch(self, text_bytes: int, tokens: int) -> None:
         """Part of a unit was written."""
-        if self._progress.disable:  # not free, and asked for many times a second
-            return
-        self._counted += tokens
-        self._progress.advance(self._task, text_bytes)
-        self._show(self._tokens + self._counted)
+        self._bytes += text_bytes
+        self._tokens += tokens
+        self._show()
 
     def on_unit(self, report: UnitReport, *, size: int) -> None:
         """A unit of an expected `size` was committed."""
-        self._finished += size
-        self._tokens, self._counted = self._tokens + report.tokens, 0
+        self._committed += size
+        self._committed_tokens += report.tokens
+        self._bytes, self._tokens = self._committed, self._committed_tokens
         self._drops += report.dropped
-        self._progress.update(self._task, completed=self._finished)
-        self._show(self._tokens)
+        self._show()
 
-    def _show(self, tokens: int) -> None:
-        seconds = self._progress.tasks[0].elapsed or 0.0
-        rate = f"{tokens / seconds:,.0f}" if seconds > 0 else "-"
-        self._progress.update(self._task, rate=rate, drops=self._drops)
+    def line(self) -> str:
+        """What there is to say now, in words."""
+        seconds = time.monotonic() - self._began
+        done = min(self._bytes / self._total, 1.0) if self._total else 0.0
+        left = f", {duration(seconds * (1 - done) / done)} left" if done else ""
+        return (
+            f"preparing: {done:.0%}, {sized(self._bytes)} of {sized(self._total)} of text, {self._rate(seconds)} "
+            f"tokens/s, {duration(seconds)} so far{left}, {self._drops:,} dropped"
+        )
+
+    def _rate(self, seconds: float) -> str:
+        return f"{self._tokens / seconds:,.0f}" if seconds > 0 else "-"
+
+    def _show(self) -> None:
+        if not self._bar.disable:  # not free, and asked for many times a second
+            rate = self._rate(time.monotonic() - self._began)
+            self._bar.update(self._task, completed=self._bytes, rate=rate, drops=self._drops)
+
+    def _print_lines(self) -> None:
+        while not self._ended.wait(INTERVAL):
+            self._console.print(self.line(), markup=False)
