@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,22 +17,23 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.data.preparing.encoder import Encoder, choose_encoder
+from pipeline.data.preparing.estimate import estimate, raw_size
 from pipeline.data.preparing.request import Request, existing, finished_units, look_at
 from pipeline.data.preparing.split import SplitRule
 from pipeline.data.preparing.survey import (
     FEW_DOCUMENTS,
     Survey,
     all_texts,
-    estimate,
     refuse_small_disk,
     survey,
     training_texts,
 )
+from pipeline.data.preparing.unit import UnitSettings
 from pipeline.data.reading.corpus import Corpus, check_text_key, find_corpus
 from pipeline.data.reading.formats import TextRules
 from pipeline.data.reading.plan import Unit, plan_units
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer, needs_corpus
-from pipeline.errors import counted, sized
+from pipeline.errors import counted, duration, sized
 
 LARGE_TEXT_BYTES = 10**6
 DEFAULT_FRACTION, DEFAULT_TAIL_FRACTION = 0.005, 0.1
@@ -110,7 +112,8 @@ def is_worth_proof(request: Request, units: Sequence[Unit]) -> bool:
 
 
 def rehearse(request: Request, *, console: Console) -> None:
-    """`--dry-run`: plan, encode a sample, and say what the preparation would come to. Writes nothing."""
+    """`--dry-run`: plan, prepare a sample, and say what the preparation would come to. Writes nothing to the output."""
+    began = time.perf_counter() - time.process_time()  # what was imported before counts
     corpus, identity = corpus_of(request, console)
     output, complete = look_at(request, corpus, identity)
     if complete:
@@ -119,21 +122,35 @@ def rehearse(request: Request, *, console: Console) -> None:
     units = plan_units(corpus.sources, request.rules)
     seen = survey(units, request.rules)
     rule = split_rule(request, seen, corpus, console)
-    size = sum(unit.size for unit in units)
+    size = sum(map(raw_size, units))
     unmade = needs_corpus(request.tokenizer)  # to make it would be half of the work: bytes stand for its tokens
     tokenizer = make_tokenizer(replace(request, tokenizer="bytes") if unmade else request, units, console)
     describe_tokenizer(tokenizer, console)
     encoder, reason = encoder_for(request, tokenizer, seen, units)
-    found = estimate(seen.sample, size, encoder=encoder, vocab_size=tokenizer.vocab_size, workers=request.workers)
+    settings = UnitSettings(
+        output=request.output,
+        rules=request.rules,
+        split=rule,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        backend=encoder.backend,
+        strict=False,
+        allow_failed=True,
+        workers=request.workers,
+    )
+    start = time.perf_counter() - began  # the preparation begins with the same
+    found = estimate(units, settings, encoder=encoder, at_once=request.workers)
     if unmade:
-        outlook = f"tokens: at most {size:,}, known once {request.tokenizer} is made"
+        outlook = f"tokens: at most {found.text_bytes:,}, known once {request.tokenizer} is made"
     else:
         outlook = (
-            f"tokens: about {found.tokens:,}; disk: about {sized(found.disk_bytes)}; "
-            f"encoding: about {found.seconds:,.0f} s with {counted(request.workers, 'worker')}"
+            f"tokens: about {found.tokens:,}; disk: about {sized(found.disk_bytes)}; time: about "
+            f"{duration(start + found.seconds)} from start to end with {counted(request.workers, 'worker')}"
         )
+    plan = counted(len(units), "unit")
     for line in (
-        f"{counted(len(corpus.sources), 'input')}, {counted(len(units), 'unit')}, about {sized(size)} of text",
+        f"{counted(len(corpus.sources), 'input')}, {plan}, about {sized(found.text_bytes)} of text",
         f"split: {rule.describe()}",
         f"encoder: {encoder.backend}" + (f" ({reason})" if reason else ""),
         outlook,
@@ -143,7 +160,7 @@ def rehearse(request: Request, *, console: Console) -> None:
     ):
         console.print(line, markup=False)
     done = finished_units(request.output)
-    todo = sum(unit.size for unit in units if unit.number not in done) / max(size, 1)
+    todo = sum(raw_size(unit) for unit in units if unit.number not in done) / max(size, 1)
     if not unmade:
         refuse_small_disk(existing(request.output), int(found.disk_bytes * todo))
 

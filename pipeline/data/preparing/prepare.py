@@ -32,6 +32,7 @@ from pipeline.data.preparing.decide import (
     split_rule,
 )
 from pipeline.data.preparing.endings import FULL, disk_errors, disk_full, stopped
+from pipeline.data.preparing.estimate import raw_size
 from pipeline.data.preparing.executors import CutEnd, Failure, Place, UnitRun, open_place
 from pipeline.data.preparing.finish import (
     Beginning,
@@ -54,7 +55,7 @@ from pipeline.data.preparing.request import (
     refuse_foreign,
     sizes_agree,
 )
-from pipeline.data.preparing.survey import estimate, holds_validation, refuse_small_disk, survey
+from pipeline.data.preparing.survey import disk_needed, holds_validation, refuse_small_disk, survey
 from pipeline.data.preparing.unit import (
     UnitReport,
     UnitSettings,
@@ -144,10 +145,10 @@ class _Preparation:
         self.lost: list[UnitReport] = []
         self._keep()
         self.beginning = Beginning(self.units, self.done, self.ends)
-        size = sum(unit.size for unit in self._todo())
-        left = estimate(seen.sample, size, encoder=encoder, vocab_size=tokenizer.vocab_size, workers=1)
-        refuse_small_disk(self.output, left.disk_bytes)
-        self.disk_bytes_per_byte = left.disk_bytes / max(size, 1)
+        size = sum(map(raw_size, self._todo()))
+        needed = disk_needed(seen.sample, size, encoder=encoder, vocab_size=tokenizer.vocab_size)
+        refuse_small_disk(self.output, needed)
+        self.disk_bytes_per_byte = needed / max(size, 1)
         self._withdraw_manifest()
         self._write_ledger()
         tokenizer.save(self.output / TOKENIZER_NAME)
@@ -180,7 +181,7 @@ class _Preparation:
             if error.errno not in FULL:
                 raise
             self._clean()  # before the room is measured
-            needed = self.disk_bytes_per_byte * sum(unit.size for unit in self._todo())
+            needed = self.disk_bytes_per_byte * sum(map(raw_size, self._todo()))
             raise disk_full(self.output, needed=int(needed)) from None
         finally:
             self._clean()
@@ -276,7 +277,7 @@ class _Preparation:
     def _do_units(self) -> list[FailedUnit]:
         """Do the units that are not kept and record each once its shards are durable; those that failed."""
         todo = self._todo()
-        sizes = {unit.number: unit.size for unit in todo}
+        sizes = {unit.number: raw_size(unit) for unit in todo}
         failed: list[FailedUnit] = []
         try:
             with UnitProgress(self.console, total=sum(sizes.values())) as progress:

@@ -1,6 +1,6 @@
 """A look at the corpus before the work: what the first documents of some units tell about all of them.
 
-In: the plan. Out: a `Survey`, from which follow the split rule, the encoder, and estimates of tokens, bytes and time.
+In: the plan. Out: a `Survey`, from which follow the split rule, the encoder, and the room that is needed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from time import perf_counter
 
 import xxhash
 
@@ -117,32 +116,13 @@ def _beginning(unit: Unit, rules: TextRules, limit: int) -> list[bytes]:
     return taken
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """What the sample makes expect of `text_bytes` of text."""
-
-    text_bytes: int
-    tokens: int
-    disk_bytes: int
-    seconds: float
-
-
-def estimate(sample: Sequence[bytes], text_bytes: int, *, encoder: Encoder, vocab_size: int, workers: int) -> Estimate:
-    """Encode the sample and extrapolate: tokens, bytes of the dataset on disk, seconds of the workers."""
+def disk_needed(sample: Sequence[bytes], text_bytes: int, *, encoder: Encoder, vocab_size: int) -> int:
+    """Bytes of the dataset that `text_bytes` of text become, by encoding the sample."""
     sample = sample or (b"a",)
-    encoder.encode(sample[:1])  # the first call loads
-    began = perf_counter()
     ids, _ = encoder.encode(sample)
-    seconds = perf_counter() - began
-    share = text_bytes / sum(map(len, sample))
     item = token_dtype(vocab_size).itemsize
     per_document = DOCUMENT_DTYPE.itemsize + 4 + 8 + 8 + item  # its record, its place in the index, its EOS
-    return Estimate(
-        text_bytes=text_bytes,
-        tokens=int((len(ids) + len(sample)) * share),
-        disk_bytes=int((len(ids) * item + len(sample) * per_document) * share),
-        seconds=seconds * share / workers,
-    )
+    return (len(ids) * item + len(sample) * per_document) * text_bytes // sum(map(len, sample))
 
 
 def refuse_small_disk(output: Path, needed: int) -> None:
