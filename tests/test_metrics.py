@@ -11,7 +11,7 @@ import torch
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.ramp import Ramp
-from pipeline.train.reporting.curves import draw_curves
+from pipeline.train.reporting.curves import draw_curves, smoothed
 from pipeline.train.reporting.metrics import PEAK_TFLOPS, ConsoleLine, Meter, Record, device_peak_flops, read_record
 from pipeline.train.reporting.trackers import Trackers
 from pipeline.train.runtime import Runtime, SteadyConsole
@@ -109,15 +109,26 @@ def test_console_line_shows_what_is_known(capsys: pytest.CaptureFixture[str]) ->
     console.show({"step": 20, "val_loss": 2.25, "val_loss/a/web": 2.5, "val_loss/[b]": 2.0, "val_bits_per_byte": 1.125})
     first, warning, second, *later = capsys.readouterr().out.splitlines()
     assert warning.startswith("warning: 10% of the time was spent waiting for data (said once; ")
-    assert first == (
-        "step  20/120  loss 2.5000  lr 1.00e-03  grad norm 0.500  12,346 tokens/s  ETA 1:00:00  MFU 43.4%  "
-        "waits for data 10%"
-    )
+    assert first == ("step  20/120 loss 2.5000 lr 1.0e-3 norm 0.50 12.3k tok/s MFU 43% ETA 1h00m wait 10%")
     assert second == "step  20/120  validation loss 2.2500  1.1250 bits per byte"
-    assert [text.split("  ", 2)[2] for text in later] == [
-        "loss 2.5000  lr 1.00e-03  grad norm 0.500  12,346 tokens/s  ETA 1:00:00  waits for data 10%",
-        "validation loss 2.2500  1.1250 bits per byte  a/web 2.5000  [b] 2.0000",
+    assert later == [
+        "step  20/120 loss 2.5000 lr 1.0e-3 norm 0.50 12.3k tok/s ETA 1h00m wait 10%",
+        "step  20/120 validation loss 2.2500 1.1250 bits per byte a/web 2.5000 [b] 2.0000",
     ]
+
+
+def test_a_line_of_a_large_run_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """80 columns, in which nothing wraps, up to hundreds of thousands of steps and billions of tokens a second."""
+    console = ConsoleLine(SteadyConsole(highlight=False, soft_wrap=True), total_steps=600_000, ramp=Ramp((), 491_520))
+    for rate in (9_874.4, 52_149.0, 999_600.0, 12_345_678.0):
+        for norm in (0.00312, 0.5123, 3.14159, 123.4):
+            line = {"step": 123_456, "loss": 3.12345, "lr": 6e-4, "grad_norm": norm, "tokens_per_second": rate}
+            console.show({**line, "mfu": 0.451, "step_seconds": 1.0, "data_wait_seconds": 0.0})
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 16
+    assert [line for line in printed if len(line) > 80] == []
+    assert printed[4] == "step 123456/600000 loss 3.1235 lr 6.0e-4 norm 3e-3 52.1k tok/s MFU 45% ETA 51d"
+    assert "1.00M tok/s" in printed[8]
 
 
 def test_curves_are_drawn_and_need_at_least_one_line(tmp_path: Path) -> None:
@@ -128,6 +139,16 @@ def test_curves_are_drawn_and_need_at_least_one_line(tmp_path: Path) -> None:
     draw_curves([*lines, *evaluations], tmp_path / "curves.png", title="run")
     assert (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+
+
+def test_curves_are_smoothed_without_a_bias() -> None:
+    values = [5.0] * 200 + [1.0] * 200
+    smooth = smoothed(values)
+    assert len(smooth) == len(values)
+    assert smooth[:200] == pytest.approx(values[:200])
+    assert 1.0 < smooth[210] < 5.0
+    assert smooth[-1] == pytest.approx(1.0, abs=0.05)
+    assert smoothed([3.0, 1.0]) == [3.0, 1.0], "too few to smooth"
 
 
 def test_trackers_are_fed_and_the_wandb_run_goes_on(

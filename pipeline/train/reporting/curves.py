@@ -1,6 +1,6 @@
 """curves.png: the record of a run as a picture.
 
-In: the lines of metrics.jsonl. Out: loss and learning rate over steps. Needs matplotlib and no display.
+In: the lines of metrics.jsonl. Out: loss, learning rate and gradient norm over steps. Needs matplotlib and no display.
 """
 
 from __future__ import annotations
@@ -11,6 +11,11 @@ from typing import Any
 
 from pipeline.files import write_durably
 
+SMOOTHED_SHARE = 1 / 40
+"""Part of the points over which a smoothed curve averages: the weight of older ones falls to 1/e."""
+FEW_POINTS = 20
+"""Below this, a smoothed curve would only hide the points."""
+
 
 def draw_curves(lines: list[dict[str, Any]], path: Path, *, title: str) -> None:
     """Plot training and validation loss (nats per token), learning rate and gradient norm into `path`."""
@@ -18,46 +23,81 @@ def draw_curves(lines: list[dict[str, Any]], path: Path, *, title: str) -> None:
     from matplotlib.figure import Figure
 
     training = [line for line in lines if "loss" in line]
-    validation = [line for line in lines if "val_loss" in line]
     if not training:
         return
-    steps = [line["step"] for line in training]
-    figure = Figure(figsize=(9, 6))
+    figure = Figure(figsize=(9, 7))
     FigureCanvasAgg(figure)
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=[4, 1, 1])
     # fixed margins and labels without typesetting: training waits for the picture, and they take half of its time
-    figure.subplots_adjust(left=0.1, right=0.9, top=0.94, bottom=0.09, hspace=0.08)
-    top.plot(steps, [line["loss"] for line in training], color="tab:blue", linewidth=1, alpha=0.8, label="training")
+    figure.subplots_adjust(left=0.1, right=0.97, top=0.95, bottom=0.12, hspace=0.12)
+    _draw_losses(top, training, [line for line in lines if "val_loss" in line])
+    top.set(title=title, ylabel="loss (nats per token)")
+    steps = [line["step"] for line in training]
+    middle.plot(steps, [line["lr"] for line in training], color="tab:green")
+    middle.set(ylabel="learning rate", ylim=(0, None))
+    norms = [line["grad_norm"] for line in training]
+    bottom.plot(steps, norms, color="tab:gray", linewidth=0.7, alpha=0.5)
+    bottom.plot(steps, smoothed(norms), color="black", linewidth=1.2)
+    bottom.set(xlabel="step", ylabel="gradient norm", yscale="log")
+    bottom.yaxis.set(major_formatter=_plain_numbers(), minor_formatter=_plain_numbers())
+    bottom.xaxis.set(major_formatter=_whole_numbers())
+    for axes in (top, middle, bottom):
+        axes.grid(alpha=0.3)
+        axes.tick_params(labelsize="small", which="both")
+        axes.yaxis.label.set_size("small" if axes is not top else "medium")
+    figure.align_ylabels([top, middle, bottom])
+    handles, labels = top.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=4, frameon=False, fontsize="small")
+    picture = BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_durably(path, picture.getvalue())
+
+
+def smoothed(values: list[float]) -> list[float]:
+    """An exponential moving average, forwards, that starts at the first value."""
+    if len(values) < FEW_POINTS:
+        return values
+    keep = 1 - 1 / max(len(values) * SMOOTHED_SHARE, 3.0)
+    found, mean = list[float](), values[0]
+    for value in values:
+        mean = keep * mean + (1 - keep) * value if value == value else mean  # not a number: a skipped update
+        found.append(mean)
+    return found
+
+
+def _draw_losses(axes: Any, training: list[dict[str, Any]], validation: list[dict[str, Any]]) -> None:
+    """Raw and smoothed training loss; validation loss with its last value, of a blend also for each dataset."""
+    steps, losses = [line["step"] for line in training], [line["loss"] for line in training]
+    axes.plot(steps, losses, color="tab:blue", linewidth=0.8, alpha=0.35, label="training")
+    axes.plot(steps, smoothed(losses), color="tab:blue", linewidth=1.6, label="training, smoothed")
+    names = sorted({key for line in validation for key in line if key.startswith("val_loss/")})
+    for name in names:
+        points = [(line["step"], line[name]) for line in validation if name in line]
+        axes.plot(*zip(*points, strict=True), ".--", linewidth=0.8, alpha=0.8, label=name.removeprefix("val_loss/"))
     if validation:
-        names = sorted({key for line in validation for key in line if key.startswith("val_loss/")})
-        for name in names:  # of a blend, each dataset on its own
-            points = [(line["step"], line[name]) for line in validation if name in line]
-            top.plot(*zip(*points, strict=True), ".--", linewidth=0.8, alpha=0.8, label=name.removeprefix("val_loss/"))
-        val_steps = [line["step"] for line in validation]
-        top.plot(val_steps, [line["val_loss"] for line in validation], "o-", color="tab:orange", label="validation")
         last = validation[-1]
-        top.annotate(
+        values = [line["val_loss"] for line in validation]
+        axes.plot([line["step"] for line in validation], values, "o-", color="tab:orange", label="validation")
+        axes.annotate(
             f"{last['val_loss']:.3f}",
             (last["step"], last["val_loss"]),
             xytext=(0, 8),
             textcoords="offset points",
             ha="right",
         )
-    top.set(title=title, ylabel="loss (nats per token)")
-    top.legend()
-    bottom.plot(steps, [line["lr"] for line in training], color="tab:green")
-    bottom.set(xlabel="step", ylabel="learning rate")
-    norms = bottom.twinx()
-    norms.plot(steps, [line["grad_norm"] for line in training], color="tab:gray", linewidth=0.7, alpha=0.6)
-    norms.set(ylabel="gradient norm", yscale="log")
-    for axis in (norms.yaxis, bottom.yaxis):
-        axis.set_tick_params(labelsize="small")
-    norms.yaxis.set(major_formatter=_plain_numbers(), minor_formatter=_plain_numbers())
-    for axes in (top, bottom):
-        axes.grid(alpha=0.3)
-    picture = BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    write_durably(path, picture.getvalue())
+    raw = sorted(loss for loss in losses if loss == loss)
+    outliers = len(raw) // 100  # at either end: a spike does not squeeze the rest
+    shown = [*raw[outliers : len(raw) - outliers], *(line["val_loss"] for line in validation)]
+    if shown:
+        room = 0.06 * (max(shown) - min(shown)) or 0.1
+        axes.set_ylim(min(shown) - room, max(shown) + room)
+
+
+def _whole_numbers() -> Any:
+    """A formatter that groups thousands: 19,000."""
+    from matplotlib.ticker import StrMethodFormatter
+
+    return StrMethodFormatter("{x:,.0f}")
 
 
 def _plain_numbers() -> Any:

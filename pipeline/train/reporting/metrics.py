@@ -7,6 +7,7 @@ step once even after kills. Everything else (console, curves, trackers) is fed f
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -18,10 +19,11 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 from typing_extensions import TypedDict
 
 from pipeline.config import Config
-from pipeline.errors import UserError, duration
+from pipeline.errors import UserError
 from pipeline.files import naming, write_durably
 from pipeline.model.transformer import Decoder, flops_per_token
 from pipeline.ramp import Ramp
@@ -60,6 +62,7 @@ PEAK_TFLOPS = (
 
 WAITED_TOO_LONG = 0.02  # share of the time
 EACH_LOSS = "val_loss/"  # followed by the name of a dataset
+COLUMNS = 80  # of the terminal on which a line of a step shall not wrap
 
 
 def device_peak_flops(device: torch.device, precision: torch.dtype, *, override_tflops: float | None) -> float | None:
@@ -226,9 +229,11 @@ class ConsoleLine:
         elif line.get("skipped"):
             parts = [place, "[yellow]skipped: loss or gradient norm was not finite[/yellow]"]
         else:
-            parts = [place, f"loss {line['loss']:.4f}", f"lr {line['lr']:.2e}", f"grad norm {line['grad_norm']:.3f}"]
+            rate = f"{line['lr']:.1e}".replace("e-0", "e-")
+            parts = [place, f"loss {line['loss']:.4f}", f"lr {rate}", f"norm {_norm(line['grad_norm'])}"]
             parts += self._rates(line)
-        self.console.print("  ".join(parts))
+        wide = Text.from_markup("  ".join(parts))
+        self.console.print(wide if len(wide) <= COLUMNS else Text.from_markup(" ".join(parts)))
         if _waiting(line) > WAITED_TOO_LONG and not self._warned:
             self._warned = True
             self.console.print(
@@ -240,11 +245,12 @@ class ConsoleLine:
         if "tokens_per_second" not in line:
             return []
         left = seconds_left(line, total_steps=self.total_steps, ramp=self.ramp)
-        parts = [f"{line['tokens_per_second']:,.0f} tokens/s", f"ETA {duration(left)}"]
+        parts = [f"{shortened(line['tokens_per_second'])} tok/s"]
         if "mfu" in line:
-            parts.append(f"MFU {line['mfu']:.1%}")
+            parts.append(f"MFU {line['mfu']:.0%}")
+        parts.append(f"ETA {_roughly(left)}")
         if _waiting(line) > WAITED_TOO_LONG:
-            parts.append(f"[yellow]waits for data {_waiting(line):.0%}[/yellow]")
+            parts.append(f"[yellow]wait {_waiting(line):.0%}[/yellow]")
         return parts
 
 
@@ -252,6 +258,32 @@ def seconds_left(line: dict[str, Any], *, total_steps: int, ramp: Ramp) -> float
     """Seconds to the last step at the rate of a logged line; evaluations and checkpoints come on top."""
     tokens = ramp.before(total_steps + 1) - ramp.before(line["step"] + 1)
     return float(tokens / line["tokens_per_second"])
+
+
+def shortened(number: float) -> str:
+    """With three digits or more: `980`, `52.1k`, `1.23M`."""
+    for power, unit in ((9, "G"), (6, "M"), (3, "k")):
+        if number >= 0.9995 * 10**power:
+            return f"{number / 10**power:.{max(0, 2 - int(math.log10(number / 10**power * 1.0005)))}f}{unit}"
+    return f"{number:.0f}"
+
+
+def _norm(norm: float) -> str:
+    """In five characters: `0.51`, `12.34`, `123`, `3e-3`."""
+    if norm < 0.01:
+        return f"{norm:.0e}".replace("e-0", "e-")
+    return f"{norm:.{2 if norm < 99.99 else 0}f}"
+
+
+def _roughly(seconds: float) -> str:
+    """Two units of time are enough: `3d04h`, `5h20m`, `12m05s`; `52d` from ten days on."""
+    rest = round(seconds)
+    if rest >= 864_000:
+        return f"{rest // 86400}d"
+    for size, unit, smaller, name in ((86400, "d", 3600, "h"), (3600, "h", 60, "m")):
+        if rest >= size:
+            return f"{rest // size}{unit}{rest % size // smaller:02d}{name}"
+    return f"{rest // 60}m{rest % 60:02d}s"
 
 
 def _waiting(line: dict[str, Any]) -> float:
