@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -141,13 +142,14 @@ def test_curves_are_drawn_and_need_at_least_one_line(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
 
 
-def test_curves_are_smoothed_without_a_bias() -> None:
-    values = [5.0] * 200 + [1.0] * 200
+def test_curves_are_smoothed_without_a_lag() -> None:
+    values = [5.0 + (-1) ** step for step in range(200)] + [1.0 + (-1) ** step for step in range(200)]
     smooth = smoothed(values)
     assert len(smooth) == len(values)
-    assert smooth[:200] == pytest.approx(values[:200])
-    assert 1.0 < smooth[210] < 5.0
-    assert smooth[-1] == pytest.approx(1.0, abs=0.05)
+    assert smooth[60:190] == pytest.approx([5.0] * 130, abs=0.2)
+    assert smooth[199] == pytest.approx(3.0, abs=0.3), "the middle of a fall is where it was"
+    assert smooth[220:] == pytest.approx([1.0] * 180, abs=0.2)
+    assert smoothed([*values[:50], math.nan, *values[50:100]])[50] == pytest.approx(5.0, abs=0.3)
     assert smoothed([3.0, 1.0]) == [3.0, 1.0], "too few to smooth"
 
 

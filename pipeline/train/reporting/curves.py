@@ -9,10 +9,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipeline.files import write_durably
 
-SMOOTHED_SHARE = 1 / 40
-"""Part of the points over which a smoothed curve averages: the weight of older ones falls to 1/e."""
 FEW_POINTS = 20
 """Below this, a smoothed curve would only hide the points."""
 
@@ -54,15 +54,20 @@ def draw_curves(lines: list[dict[str, Any]], path: Path, *, title: str) -> None:
 
 
 def smoothed(values: list[float]) -> list[float]:
-    """An exponential moving average, forwards, that starts at the first value."""
+    """The mean around each point: of a twentieth of the points before it and as many after it.
+
+    So a steep beginning stays steep, and the noise of a long run goes. What is not a number is left out.
+    """
     if len(values) < FEW_POINTS:
         return values
-    keep = 1 - 1 / max(len(values) * SMOOTHED_SHARE, 3.0)
-    found, mean = list[float](), values[0]
-    for value in values:
-        mean = keep * mean + (1 - keep) * value if value == value else mean  # not a number: a skipped update
-        found.append(mean)
-    return found
+    found, places = np.array(values), np.arange(len(values))
+    known = np.isfinite(found)
+    sums = np.concatenate(([0.0], np.cumsum(np.where(known, found, 0.0))))
+    counts = np.concatenate(([0], np.cumsum(known)))
+    half = np.maximum(places // 20, 1)
+    first, stop = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
+    means: list[float] = ((sums[stop] - sums[first]) / np.maximum(counts[stop] - counts[first], 1)).tolist()
+    return means
 
 
 def _draw_losses(axes: Any, training: list[dict[str, Any]], validation: list[dict[str, Any]]) -> None:
