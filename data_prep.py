@@ -47,7 +47,8 @@ def main() -> None:
     console = Console(soft_wrap=True, highlight=False)
     dataset = arguments.dataset
     if dataset.inspect:
-        console.print(inspect(dataset.inspect), markup=False)
+        seed = arguments.validation.seed if "seed" in arguments.given() else None
+        console.print(inspect(dataset.inspect, excerpts_of_each=dataset.excerpts, seed=seed), markup=False)
     elif dataset.verify:
         console.print(verify(dataset.verify), markup=False)
     elif dataset.export:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -362,7 +363,7 @@ def test_inspect_shows_what_was_deleted_noticed_and_failed(deleted: Path) -> Non
 def test_inspect_draws_documents(tmp_path: Path) -> None:
     texts = [[f"document {number + 50 * shard}" for number in range(50)] for shard in range(2)]
     folder = write_dataset(tmp_path / "many", {"train": texts})
-    shown = inspect(folder)
+    shown = inspect(folder, seed=5)
     lines = [line for line in shown.splitlines() if line.startswith("  document ")]
     numbers = [int(line.split()[1]) for line in lines]
     assert len(set(numbers)) == 3
@@ -370,4 +371,36 @@ def test_inspect_draws_documents(tmp_path: Path) -> None:
     for line, number in zip(lines, numbers, strict=True):
         text = f"document {number}"
         assert line == f"  document {number} (by hand, row {number}, {len(text) + 1} tokens): {text!r}"
-    assert inspect(folder) == shown
+    assert inspect(folder, seed=5) == shown
+    assert inspect(folder, seed=6) != shown
+    drawn = inspect(folder)
+    assert len({drawn, *(inspect(folder) for _ in range(3))}) == 4, "another draw each time"
+    (seed,) = set(re.findall(r"excerpts, drawn with --seed (\d+):", drawn))
+    assert inspect(folder, seed=int(seed)) == drawn
+    assert inspect(folder, seed=5, excerpts_of_each=7).count("  document ") == 7
+    assert "excerpts" not in inspect(folder, excerpts_of_each=0)
+
+
+def test_inspect_shows_what_each_input_brought(tmp_path: Path) -> None:
+    for name, count in (("web", 150), ("code", 40)):
+        lines = [json.dumps({"text": f"{name} {number}"}) for number in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join([*lines, "{oops", '{"text": 5}']) + "\n")
+    wanted = Request(inputs=(str(tmp_path / "*.jsonl"),), output=tmp_path / "out", tokenizer="bytes", max_bad=1.0,
+                     val_fraction=0.2)  # fmt: skip
+    manifest = prepare(wanted, console=Console(quiet=True))
+    assert manifest is not None
+    shown = inspect(tmp_path / "out", excerpts_of_each=2, seed=1)
+    found = re.findall(
+        r"^  \S+/(\w+)\.jsonl: train (\d+) documents, ([\d,]+) tokens; val (\d+) documents, ([\d,]+) tokens; "
+        r"dropped 1 x malformed JSON, 1 x ",
+        shown,
+        re.MULTILINE,
+    )
+    assert [name for name, *_ in found] == ["web", "code"], "the largest first"
+    numbers = {name: [int(number.replace(",", "")) for number in rest] for name, *rest in found}
+    assert [numbers[name][0] + numbers[name][2] for name in ("web", "code")] == [150, 40]
+    assert sum(n[1] for n in numbers.values()) == manifest.total("train", "tokens")
+    assert sum(n[3] for n in numbers.values()) == manifest.total("val", "tokens")
+    for name in ("web", "code"):
+        line = rf"^  document \d+ \(\S+/{name}\.jsonl, row \d+, \d+ tokens\): '{name} "
+        assert len(re.findall(line, shown, re.MULTILINE)) == 4

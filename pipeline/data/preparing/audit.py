@@ -15,6 +15,7 @@ import xxhash
 from pipeline.data.dataset import TokenSplit, open_dataset
 from pipeline.data.deleting.deletion import REASONS, counts, kept_by_reasons, open_shard
 from pipeline.data.manifest import TOKENIZER_NAME, Counts, Manifest, SplitName, data_digest, read_manifest
+from pipeline.data.preparing.by_source import describe_inputs, excerpts
 from pipeline.data.preparing.compare import InputState, compare_inputs
 from pipeline.data.shards import Shard
 from pipeline.data.tokenizer import TextTokenizer
@@ -24,8 +25,6 @@ _BLOCK = 2**24
 _SAMPLED_DOCUMENTS = 20
 _SAMPLED_TOKENS = 100_000
 """Longer documents are not decoded in the sample."""
-_SHOWN_DOCUMENTS, _SEED = 3, 0
-"""Which documents are shown is drawn, but always in the same way."""
 
 
 def verify(path: str | Path) -> str:
@@ -167,8 +166,15 @@ def _check_texts(shard: Shard, tokenizer: TextTokenizer, incomparable: list[str]
             yield f"{shard.info.name}, document {number}: decodes to another text than it was made from"
 
 
-def inspect(path: str | Path) -> str:
-    """Describe a dataset: counts, what was dropped, noticed and deleted, lengths of documents, how some begin."""
+def inspect(path: str | Path, *, excerpts_of_each: int = 3, seed: int | None = None) -> str:
+    """Describe a dataset: counts, by input too, what was dropped, noticed and deleted, lengths, how documents begin.
+
+    Args:
+        path: the folder.
+        excerpts_of_each: documents of each input to show.
+        seed: decides which; None: another draw each time, which the description names.
+    """
+    seed = random.SystemRandom().randrange(10**6) if seed is None else seed
     dataset, manifest = open_dataset(path), read_manifest(Path(path).expanduser())
     tokenizer = TextTokenizer.from_file(dataset.path / TOKENIZER_NAME, eos=dataset.eos_id)
     lines = [
@@ -180,12 +186,17 @@ def inspect(path: str | Path) -> str:
         f"noticed: {_listed(manifest.noticed)}",
         *(f"failed: {failure.unit}: {failure.reason}" for failure in manifest.failed),
         *_describe_deletions(manifest),
-        f"inputs: {', '.join(source.name for source in manifest.inputs[:5])}"
-        + (f" and {len(manifest.inputs) - 5} more" if len(manifest.inputs) > 5 else ""),
+        f"inputs: {len(manifest.inputs):,}",
+        *describe_inputs(dataset.path, manifest),
+        "settings:",
         *(f"  {key}: {value}" for key, value in manifest.settings.items()),
     ]
-    for split in manifest.splits:
-        lines += _describe_split(split, dataset.split(split), manifest, tokenizer)
+    for name in manifest.splits:
+        split = dataset.split(name)
+        lines += _describe_split(name, split, manifest)
+        if split.n_documents and excerpts_of_each:
+            lines.append(f"  excerpts, drawn with --seed {seed}:")
+            lines += excerpts(dataset.path, manifest, name, split, tokenizer, count=excerpts_of_each, seed=seed)
     return "\n".join(lines)
 
 
@@ -217,7 +228,7 @@ def _amount(amount: Counts) -> str:
     return f"{counted(amount.documents, 'document')} ({size})"
 
 
-def _describe_split(name: SplitName, split: TokenSplit, manifest: Manifest, tokenizer: TextTokenizer) -> list[str]:
+def _describe_split(name: SplitName, split: TokenSplit, manifest: Manifest) -> list[str]:
     shards = manifest.splits[name]
     tokens, text = counted(split.n_tokens, "token"), counted(split.text_bytes, "byte")
     lines = [
@@ -232,12 +243,6 @@ def _describe_split(name: SplitName, split: TokenSplit, manifest: Manifest, toke
     if not split.n_documents:
         return lines
     lines.append("  tokens a document: " + _histogram(split.lengths))
-    starts = np.cumsum(split.lengths, dtype=np.int64) - split.lengths
-    count = min(_SHOWN_DOCUMENTS, split.n_documents)
-    for number in sorted(random.Random(_SEED).sample(range(split.n_documents), count)):
-        start, info = int(starts[number]), split.describe(number)
-        text = tokenizer.decode(split.tokens(start, start + min(info.tokens - 1, 40)).tolist())
-        lines.append(f"  document {number} ({info.source}, row {info.row}, {counted(info.tokens, 'token')}): {text!r}")
     return lines
 
 

@@ -160,7 +160,7 @@ class DatasetFlags(Section):
     inspect: Folder = None
     """Show what a dataset holds, per input too, and excerpts of it."""
     excerpts: Annotated[int, Field(ge=0), _shown_as("N")] = 3
-    """--inspect: excerpts to show of each input, up to 20 inputs."""
+    """--inspect: random documents to show of each input (the 10 largest), how they begin."""
     verify: Folder = None
     """Check every byte of a dataset."""
     export: Folder = None
