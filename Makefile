@@ -19,6 +19,7 @@ quickstart: $(INSTALLED)
 	@echo "record:  runs/quickstart/metrics.jsonl"
 	@echo "next:    $(BIN)/python sample.py runs/quickstart --prompt 'def main():'   (sample what you like)"
 	@echo "         $(BIN)/python pretrain.py configs/quickstart.yaml --train.steps 1000 --run-dir runs/longer"
+	@echo "         $(BIN)/python -m pipeline.export runs/quickstart exported/quickstart   (a folder that transformers loads)"
 	@echo "         $(BIN)/python data_prep.py YOUR_TEXT --output data/mine --tokenizer train:8192   (your own corpus)"
 
 test: $(INSTALLED_DEV)

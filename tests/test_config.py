@@ -15,6 +15,7 @@ from pipeline.config import Config, ModelConfig, RampStage, resolved
 from pipeline.config_data import SourceConfig
 from pipeline.errors import UserError
 from pipeline.flags import flags_of
+from pipeline.model.hf import _family_of
 from pipeline.model.transformer import build_model, count_parameters
 from pipeline.names import CONFIG_NAMES, likeness
 from pipeline.seeds import named_seed
@@ -46,6 +47,32 @@ def test_parameter_count_is_the_published_one(name: str) -> None:
     exact = ModelConfig.model_validate({**config.model.model_dump(), "vocab_size": vocabulary})
     with torch.device("meta"):
         assert count_parameters(build_model(exact, n_tokens=vocabulary)) == count
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_large_config_is_worth_its_cost_and_says_it(name: str) -> None:
+    """Its comment names steps, tokens, epochs and FLOPs as they are, and the run would not warn about itself."""
+    path = ROOT / "configs" / f"{name}.yaml"
+    config = load_config([str(path)])
+    (said,) = re.findall(
+        r"^# Budget: ([\d,]+) steps x ([\d,]+) tokens = ([\d.]+) B tokens, ([\d.]+) epochs of ([\d.]+) B; (\S+) FLOPs",
+        path.read_text(),
+        re.MULTILINE,
+    )
+    steps, batch, tokens, epochs, corpus, flops = (float(number.replace(",", "")) for number in said)
+    assert (config.total_steps, config.train.batch_tokens) == (steps, batch)
+    assert tokens == pytest.approx(steps * batch / 1e9, rel=0.01)
+    assert epochs == pytest.approx(tokens / corpus, abs=0.05)
+    assert flops == pytest.approx(6 * PUBLISHED[name][0] * tokens * 1e9, rel=0.02)
+    assert config.data.max_epochs is not None
+    assert epochs < config.data.max_epochs
+    assert 8 <= tokens * 1e9 / PUBLISHED[name][0] <= 100, "tokens of a parameter: about 20 is best for the compute"
+
+
+def test_the_quickstart_has_a_shape_of_hugging_face() -> None:
+    config = load_config([str(ROOT / "configs" / "quickstart.yaml")])
+    _, settings = _family_of(config.model)
+    assert settings["model_type"] == "qwen3"
 
 
 def test_shakespeare_has_the_size_of_the_baseline() -> None:
