@@ -74,7 +74,8 @@ def describe_inputs(folder: Path, manifest: Manifest) -> Iterator[str]:
 def largest(splits: dict[SplitName, tuple[Integers, Integers]], manifest: Manifest) -> list[int]:
     """Numbers of the inputs, those with most tokens first."""
     total = sum((tokens for _, tokens in splits.values()), np.zeros(len(manifest.inputs), np.int64))
-    return np.argsort(-total, kind="stable").tolist()
+    order: list[int] = np.argsort(-total, kind="stable").tolist()
+    return order
 
 
 def excerpts(
