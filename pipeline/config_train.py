@@ -66,6 +66,11 @@ class TrainConfig(Section):
     """End all ranks when one makes no progress for so long; start-up, compiling and saving have six times as long."""
 
     @property
+    def rounds_residual(self) -> bool:
+        """Whether the residual stream is in bf16."""
+        return {"fp32": False, "bf16": True}[self.residual]
+
+    @property
     def allowed_skips(self) -> int:
         """Updates that a run may leave out."""
         return {"stop": 0, "skip": self.max_skips}[self.on_nonfinite]

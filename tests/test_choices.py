@@ -24,7 +24,7 @@ from pipeline.model.transformer import Block, build_model, initialise
 from pipeline.train.memory import activation_bytes
 from pipeline.train.optim import build_optimizer, learning_rate
 from pipeline.train.parallel import adapt_blocks, choose, shards_of
-from pipeline.train.runtime import _device_type, _precision
+from pipeline.train.runtime import _device_type, _matmul_precision, _precision
 
 BASE = Config.model_validate(
     {
@@ -134,7 +134,8 @@ OUTCOMES: dict[str, Callable[[Config, Path], Any]] = {
     "optim.kind": optimizer,
     "optim.schedule": rates,
     "train.activation_checkpointing": recomputation,
-    "train.precision": lambda config, _: _precision(config.train, "cuda"),
+    "train.precision": lambda config, _: (_precision(config.train, "cuda"), _matmul_precision(config.train)),
+    "train.residual": lambda config, _: activation_bytes(config, n_tokens=50, precision=torch.bfloat16),
     "train.device": lambda config, _: _device_type(config.train),
     "train.on_nonfinite": lambda config, _: config.train.allowed_skips,
     "train.on_spike": lambda config, _: config.train.rolls_back,

@@ -62,7 +62,7 @@ def activation_bytes(config: Config, *, n_tokens: int, precision: torch.dtype) -
     """
     model = config.model
     e, w = _widths(precision)
-    s = w if config.train.residual == "bf16" else e
+    s = w if config.train.rounds_residual else e
     width, hidden, keys = model.d_model, model.hidden, model.kv_heads * model.head_dim
     matrices = 2 if model.mlp == "swiglu" else 1
     full = 2 * s * width + w * (5 * width + 2 * keys + 2 * matrices * hidden)

@@ -191,7 +191,7 @@ def parallelise(config: Config, *, n_tokens: int, runtime: Runtime) -> Parallel:
         _shard(model, config.parallel, mesh=_mesh(strategy, shards, runtime), runtime=runtime)
     model.to_empty(device="cpu" if config.parallel.cpu_offload else runtime.device)
     initialise(model, seed=config.seed, held=held_rows)
-    if config.train.residual == "bf16":
+    if config.train.rounds_residual:
         _round_residual_stream(model, runtime.precision)
     wrapped: nn.Module = model
     if strategy == "ddp" and runtime.world_size > 1:

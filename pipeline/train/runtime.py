@@ -70,7 +70,7 @@ class Runtime:
         own = device_of(config.train, job.launch)
         if config.train.deterministic:
             _use_deterministic_kernels()
-        torch.set_float32_matmul_precision("high" if config.train.precision == "tf32" else "highest")
+        torch.set_float32_matmul_precision(_matmul_precision(config.train))
         job.pulse.limit = 60 * config.train.hang_minutes
         job.pulse.stacks = Path(config.run_dir) / "stacks"
         if config.train.max_minutes is not None and job.signal is not None and job.launch.rank == 0:
@@ -321,6 +321,11 @@ def _device_type(config: TrainConfig) -> str:
                 raise UserError("train.device is cuda, but PyTorch finds no CUDA device; use train.device auto or cpu")
             return "cuda"
     assert_never(config.device)
+
+
+def _matmul_precision(config: TrainConfig) -> str:
+    """How float32 matrix products are rounded, in PyTorch's words."""
+    return "high" if config.precision == "tf32" else "highest"
 
 
 def _precision(config: TrainConfig, device_type: str) -> torch.dtype:
