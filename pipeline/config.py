@@ -20,6 +20,7 @@ from pipeline.config_train import LogConfig as LogConfig
 from pipeline.config_train import ParallelConfig as ParallelConfig
 from pipeline.config_train import RampStage as RampStage
 from pipeline.config_train import TrainConfig as TrainConfig
+from pipeline.credentials import masked
 from pipeline.names import CONFIG_NAMES
 from pipeline.ramp import Ramp
 from pipeline.section import (
@@ -296,8 +297,9 @@ class Config(Section):
 
 
 def resolved(config: Config) -> dict[str, Any]:
-    """Plain nested dict of every setting, as written to a run's config.yaml."""
-    return config.model_dump(mode="json")
+    """Plain nested dict of every setting, as written to a run's config.yaml: without the credentials of addresses."""
+    values: dict[str, Any] = masked(config.model_dump(mode="json"))
+    return values
 
 
 if __name__ == "__main__":  # the JSON Schema with which editors complete and check the YAML files

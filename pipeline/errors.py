@@ -13,8 +13,12 @@ from __future__ import annotations
 import io
 import math
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from types import TracebackType
+
+from pipeline.credentials import mask
 
 EXIT_UNFINISHED = 1
 EXIT_USER_ERROR = 2
@@ -74,10 +78,18 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def print_all_characters() -> None:
-    """Print `\\xe9` where a terminal does not know `é`: a name or a text that it lacks is no reason to fail."""
+    """Print `\\xe9` where a terminal does not know `é`: a name or a text that it lacks is no reason to fail.
+
+    Tracebacks are printed without credentials.
+    """
+    sys.excepthook = _print_traceback
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    print(mask("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 def tell(error: BaseException) -> int | None:
@@ -91,7 +103,12 @@ def tell(error: BaseException) -> int | None:
 
 
 def verdict(error: BaseException) -> tuple[int | None, str]:
-    """Exit code and message of an error; (None, "") where a traceback is due."""
+    """Exit code and message of an error, without credentials; (None, "") where a traceback is due."""
+    code, message = _verdict(error)
+    return code, mask(message)
+
+
+def _verdict(error: BaseException) -> tuple[int | None, str]:
     match error:
         case UserError():
             return EXIT_USER_ERROR, f"error: {error}"

@@ -19,6 +19,7 @@ from typing import Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
+from pipeline.credentials import mask
 from pipeline.errors import EXIT_USER_ERROR, UserError, duration, run_command
 from pipeline.files import write_durably
 from pipeline.locks import LOCK_NAME, holder, look
@@ -49,6 +50,7 @@ class Status(BaseModel):
 
 def write_status(run_dir: Path, status: Status) -> None:
     """Replace the run's status."""
+    status = status.model_copy(update={"message": mask(status.message)})
     write_durably(run_dir / NAME, status.model_dump_json().encode() + b"\n")
 
 

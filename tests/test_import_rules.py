@@ -21,6 +21,8 @@ FLOORS = {
     "config": 0,
     "cli": 0,
     "files": 0,
+    "credentials": 0,
+    "untrusted": 0,
     "locks": 0,
     "status": 0,
     "data": 1,

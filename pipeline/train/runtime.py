@@ -31,6 +31,7 @@ from torch import Tensor
 from torch._inductor import config as inductor
 
 from pipeline.config import Config, TrainConfig
+from pipeline.credentials import mask, masked
 from pipeline.errors import UserError
 from pipeline.train.processes.ending import tell
 from pipeline.train.processes.job import Job
@@ -175,7 +176,7 @@ class Runtime:
     def say(self, message: str) -> None:
         """One line on the console, from the main rank only."""
         if self.is_main:
-            self.console.print(message, markup=False)
+            self.console.print(mask(message), markup=False)
 
     def describe(self) -> str:
         """Device, ranks and precision in words."""
@@ -289,7 +290,7 @@ def environment() -> dict[str, Any]:
     """What a start ran on: for the run folder's environment.json."""
     packages = ("torch", "accelerate", "numpy", "tokenizers", "datasets", "safetensors", "pydantic")
     return {
-        "command": sys.argv,
+        "command": masked(sys.argv),
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "python": platform.python_version(),

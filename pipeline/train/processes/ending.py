@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pipeline.credentials import mask
 from pipeline.errors import EXIT_HUNG, EXIT_STOPPED
 from pipeline.train.processes.launched import Launch
 
@@ -88,7 +89,7 @@ def tell(text: str) -> None:
 
 def _write(text: str) -> None:
     with suppress(OSError, ValueError):  # a pipe without a reader, a closed stream
-        sys.stderr.write(f"{text}\n")
+        sys.stderr.write(f"{mask(text)}\n")
         sys.stderr.flush()
 
 

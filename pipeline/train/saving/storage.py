@@ -30,6 +30,7 @@ from typing import IO, Any
 import xxhash
 from typing_extensions import override
 
+from pipeline.credentials import is_masked, mask
 from pipeline.errors import UserError
 from pipeline.files import fsync_folder
 
@@ -53,8 +54,8 @@ class Remote:
         return Remote(self.system, f"{self.path.rstrip('/')}/{name}")
 
     def __str__(self) -> str:
-        """The address."""
-        return str(self.system.unstrip_protocol(self.path))
+        """The address, without credentials."""
+        return mask(str(self.system.unstrip_protocol(self.path)))
 
     @property
     def name(self) -> str:
@@ -77,6 +78,11 @@ def locate(text: str | Path) -> Location:
         return Path(text.removeprefix("file://"))
     if not _URL.match(text):
         return Path(text)
+    if is_masked(text):
+        raise UserError(
+            f"{text} was stored by a run, and credentials are not stored; give the address of the checkpoint itself, "
+            "or keep credentials where its client looks for them (environment, file in the home folder)"
+        )
     import fsspec  # only who uses an address waits for it
 
     try:
