@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from pipeline.config import Config
 from pipeline.errors import UserError, nearest
 from pipeline.flags import checked, flags_of, placed, print_help, read_words
+from pipeline.untrusted import LARGEST_YAML, parse_yaml, read_regular
 
 Mode = Literal["train", "dry-run", "evaluate"]
 MODES: dict[str, Mode] = {"--dry-run": "dry-run", "--eval-only": "evaluate"}
@@ -92,29 +91,11 @@ def config_from_values(values: dict[str, Any], *, origin: str) -> Config:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Parse a YAML mapping; a missing, unreadable or malformed file is a `UserError`."""
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+        content = read_regular(path, limit=LARGEST_YAML)
     except FileNotFoundError:
         folder = path.parent
         names = sorted(str(p) for p in folder.glob("*.yaml")) if folder.is_dir() else []
         raise UserError(f"no config file {path}{nearest(str(path), names)}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise UserError(f"cannot read config file {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold sections such as 'model:', got a {type(values).__name__}")
-    return values
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML as it is, but a key given twice is an error and not the last one's silent victory."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Refuse a mapping with a repeated key."""
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        repeated = next((key for place, key in enumerate(keys) if key in keys[:place]), None)
-        if repeated is not None:
-            raise yaml.YAMLError(f"key {repeated!r} is given twice, near line {node.start_mark.line + 1}")
-        return super().construct_mapping(node, deep=deep)
+    return parse_yaml(content, origin=path)

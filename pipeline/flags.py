@@ -20,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 from pipeline.errors import UserError
 from pipeline.names import meant
 from pipeline.section import FIELDS_ONLY, Clash, Section
+from pipeline.untrusted import shown
 
 Values = dict[str, Any]
 Path = tuple[str, ...]
@@ -236,7 +237,8 @@ def _bad_values(schema: type[Section], values: Values) -> dict[Path, str]:
             unknown = fault["type"] == "extra_forbidden"
             text = _unknown_key(schema, path[:-1], path[-1]) if unknown else fault["msg"].removeprefix("Value error, ")
             wanted.setdefault(path, []).append(text if unknown else f"{text[0].lower()}{text[1:]}")
-            got[path] = "" if unknown or fault["type"] in ("missing", "value_error") else f", got {fault['input']!r}"
+            silent = unknown or fault["type"] in ("missing", "value_error")
+            got[path] = "" if silent else f", got {shown(fault['input'])}"
         return {path: " or ".join(texts) + got[path] for path, texts in wanted.items()}
     return {}
 
@@ -275,8 +277,8 @@ def _unknown_key(schema: type[BaseModel], section: Sequence[str], name: str) -> 
     found, remark = meant(prefix + name, near, [*everywhere, *near], others=schema_names(schema))
     if not found:
         return "unknown key" + (f"; known there: {', '.join(there)}" if section and there else "")
-    shown = found.removeprefix(prefix) if found in near else found
-    return f"unknown key; did you mean {shown!r}?" + (f" ({remark})" if remark else "")
+    key = found.removeprefix(prefix) if found in near else found
+    return f"unknown key; did you mean {key!r}?" + (f" ({remark})" if remark else "")
 
 
 def section_of(schema: type[BaseModel], path: Sequence[str]) -> type[BaseModel] | None:

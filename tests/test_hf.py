@@ -189,14 +189,14 @@ def change_config(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "changes", "message"),
     [
-        ({}, {"architectures": ["BertForMaskedLM"]}, "BertForMaskedLM; supported: GPT2LMHeadModel, LlamaForCausalLM"),
-        ({}, {"architectures": None}, "architecture none"),
+        ({}, {"architectures": ["BertForMaskedLM"]}, "BertForMaskedLM'; supported: GPT2LMHeadModel, LlamaForCausalLM"),
+        ({}, {"architectures": None}, "architecture 'none'"),
         ({}, {"activation_function": "silu"}, "activation_function 'silu'"),
         ({}, {"scale_attn_by_inverse_layer_idx": True, "add_cross_attention": True}, "layer_idx True.*cross_attention"),
-        ({}, {"n_embd": "wide"}, "d_model: .*integer"),
+        ({}, {"n_embd": "wide"}, "n_embd: .*integer, got 'wide'"),
         ({}, {"vocab_size": None}, "lacks or garbles"),
         ({}, {"n_head": 5}, "multiple of n_heads 5"),
-        ({}, {"n_embd": 64, "n_inner": 72}, r"wte.weight is torch.float32 \(257, 32\), wanted floats \(257, 64\)"),
+        ({}, {"n_embd": 64, "n_inner": 72}, r"wte.weight is F32 \(257, 32\), wanted floats \(257, 64\)"),
         ({}, {"n_layer": 3}, "h.2.ln_1.weight is missing"),
         ({}, {"n_layer": 1}, "h.1.* has no place"),
         ({}, {"tie_word_embeddings": False}, "lm_head.weight is missing"),
@@ -237,5 +237,5 @@ def test_missing_and_damaged_files_are_named(tokenizer_files: Files, tmp_path: P
     with pytest.raises(UserError, match=r"model-1\.safetensors"):
         load_hf(folder)
     (folder / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"cannot read .*config\.json"):
+    with pytest.raises(UserError, match=r"config\.json cannot be read"):
         load_hf(folder)

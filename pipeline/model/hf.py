@@ -11,21 +11,25 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.config import ModelConfig
 from pipeline.errors import UserError
-from pipeline.model.hf_families import FAMILIES, Family, Settings, entries
-from pipeline.model.transformer import Decoder, build_model
+from pipeline.model.hf_families import FAMILIES, Entry, Family, FolderConfig, Settings, entries
+from pipeline.model.transformer import Decoder, build_model, check_size
+from pipeline.untrusted import FileName, check_regular, read_json, shown
+
+T = TypeVar("T")
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 # Buffers of old versions of transformers, not weights.
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _BUFFERS = re.compile(r"(\.attn\.(masked_)?bias|rotary_emb\.inv_freq)$")
 
 
@@ -73,15 +77,19 @@ def load_hf(folder: Path) -> Decoder:
     `n_tokens` is its vocab_size. Dropout, a setting of training, is 0. Raises `UserError` for missing or damaged
     files and for everything about the model that ours would compute differently.
     """
-    values = _read_json(folder / "config.json")
+    values = _read_config(folder)
     named = (values.get("architectures") or ["none"])[0]
     family = next((family for family in FAMILIES if family.architecture == named), None)
     if family is None:
         supported = ", ".join(family.architecture for family in FAMILIES)
-        raise UserError(f"{folder} holds the architecture {named}; supported: {supported}")
+        raise UserError(f"{folder} holds the architecture {shown(named)}; supported: {supported}")
     config, n_tokens = _our_config(values, family, origin=folder / "config.json")
+    files = _TensorFiles(folder)
+    check_size(config, n_tokens=n_tokens, tensors=len(files.shapes), where=str(folder))
+    with torch.device("meta"):  # what does not fit is told before there is memory for it
+        places = _places(build_model(config, n_tokens=n_tokens), family, files, tied=config.tie_embeddings)
     model = build_model(config, n_tokens=n_tokens).eval()
-    _fill(model, family, _TensorFiles(folder), tied=config.tie_embeddings)
+    _fill(model, places, files)
     return model
 
 
@@ -103,9 +111,9 @@ def _family_of(config: ModelConfig) -> tuple[Family, Settings]:
 def _our_config(values: Settings, family: Family, *, origin: Path) -> tuple[ModelConfig, int]:
     try:
         settings, misfits = family.parse(values)
-        n_tokens = int(values["vocab_size"])
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"{origin} lacks or garbles a setting of {family.architecture}: {error}") from None
+        n_tokens: int = values["vocab_size"]
+    except KeyError as error:
+        raise UserError(f"{origin} lacks or garbles {error}, a setting of {family.architecture}") from None
     if values.get("quantization_config") is not None:
         misfits.append("quantization_config (supported: float weights)")
     if misfits:
@@ -146,78 +154,103 @@ def _their_tensors(model: Decoder, family: Family) -> dict[str, Tensor]:
     return theirs
 
 
-@torch.no_grad()
-def _fill(model: Decoder, family: Family, files: _TensorFiles, *, tied: bool) -> None:
-    """Copy every tensor to its place; none may be missing, left over or of another shape."""
-    for parameter in model.parameters():
-        parameter.zero_()  # the rows that pad the vocabulary stay so
+def _places(model: Decoder, family: Family, files: _TensorFiles, *, tied: bool) -> list[tuple[str, Entry]]:
+    """Which stored tensor goes where. Raises `UserError` for tensors missing, left over, or of another shape or type.
+
+    The model may be on the meta device: only shapes are looked at.
+    """
     ours = _parts(model)
-    left, faults = set(files.names), []
+    left, faults, places = set(files.shapes), [], []
     for entry in entries(family, ours, n_layers=model.config.n_layers):
-        name = entry.theirs if entry.theirs in files.names else entry.theirs.removeprefix(f"{family.base}.")
-        places = [ours[part] for part in entry.ours]
-        shape = (sum(place.shape[0] for place in places), *places[0].shape[1:])
-        if name not in files.names:
+        name = entry.theirs if entry.theirs in files.shapes else entry.theirs.removeprefix(f"{family.base}.")
+        parts = [ours[part] for part in entry.ours]
+        wanted = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+        if name not in files.shapes:
             faults.append(f"{entry.theirs} is missing")
             continue
         left.discard(name)
-        tensor = files.read(name)
-        tensor = tensor.t() if entry.transposed else tensor
-        if tensor.shape != shape or not tensor.is_floating_point():
-            faults.append(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, wanted floats {shape} by config.json")
-            continue
-        for place, part in zip(places, tensor.chunk(len(places)), strict=True):  # equal parts, by their shapes
-            place.copy_(part)
+        shape, kind = files.shapes[name], files.kinds[name]
+        if (shape[::-1] if entry.transposed else shape) != wanted or kind not in _FLOATS:
+            faults.append(f"{name} is {kind} {shape}, wanted floats {wanted} by config.json")
+        places.append((name, entry))
     faults += [
-        f"{name} has no place in the model"
+        f"{shown(name)} has no place in the model"
         for name in sorted(left)
         if not _BUFFERS.search(name) and not (tied and name == "lm_head.weight")
     ]
     if faults:
         more = f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""
         raise UserError(f"the tensors in {files.folder} do not fit:\n  " + "\n  ".join(faults[:10]) + more)
+    return places
+
+
+@torch.no_grad()
+def _fill(model: Decoder, places: list[tuple[str, Entry]], files: _TensorFiles) -> None:
+    """Copy every tensor to its place."""
+    for parameter in model.parameters():
+        parameter.zero_()  # the rows that pad the vocabulary stay so
+    ours = _parts(model)
+    for name, entry in places:
+        tensor = files.read(name)
+        tensor = tensor.t() if entry.transposed else tensor
+        for target, part in zip(entry.ours, tensor.chunk(len(entry.ours)), strict=True):  # equal parts, by their shapes
+            ours[target].copy_(part)
+
+
+class _Index(BaseModel):
+    weight_map: dict[str, FileName]
 
 
 class _TensorFiles:
-    """The tensors of a folder, in one file or in shards, read one at a time."""
+    """The tensors of a folder, in one file or in shards, read one at a time; `shapes` and `kinds` by their headers."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if (folder / WEIGHTS_INDEX).is_file():
-            weight_map = _read_json(folder / WEIGHTS_INDEX).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise UserError(f"{folder / WEIGHTS_INDEX} has no 'weight_map'")
-            self._file_of: dict[str, str] = weight_map
-        elif (folder / WEIGHTS).is_file():
-            with self._open(WEIGHTS) as file:
-                self._file_of = dict.fromkeys(file.keys(), WEIGHTS)
+            self._file_of: dict[str, str] | None = dict(_read(_Index, folder / WEIGHTS_INDEX).weight_map)
+            files = sorted(set(self._file_of.values()))
+        elif (folder / WEIGHTS).exists():
+            self._file_of, files = None, [WEIGHTS]
         else:
             raise UserError(f"{folder} has neither {WEIGHTS} nor {WEIGHTS_INDEX}; pickled weights (.bin) are not read")
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.kinds: dict[str, str] = {}
+        for file in files:
+            self._look(file)
+        gone = sorted(set(self._file_of or ()) - self.shapes.keys())
+        if gone:
+            raise UserError(f"{folder / WEIGHTS_INDEX} names {shown(gone[0])}, which its file lacks; get it again")
 
-    @property
-    def names(self) -> set[str]:
-        return set(self._file_of)
+    def _look(self, name: str) -> None:
+        with self._open(name) as file:
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                if self._file_of is None or self._file_of.get(key) == name:
+                    part = file.get_slice(key)
+                    self.shapes[key], self.kinds[key] = tuple(part.get_shape()), str(part.get_dtype())
 
     def read(self, name: str) -> Tensor:
-        with self._open(self._file_of[name]) as file:
+        file_name = WEIGHTS if self._file_of is None else self._file_of[name]
+        with self._open(file_name) as file:
             try:
                 tensor: Tensor = file.get_tensor(name)
             except SafetensorError as error:
-                raise UserError(f"cannot read {name} of {self.folder / self._file_of[name]}: {error}") from None
+                raise UserError(f"cannot read {name} of {self.folder / file_name}: {error}") from None
         return tensor
 
     def _open(self, name: str) -> Any:
         try:
+            check_regular(self.folder / name)
             return safe_open(self.folder / name, framework="pt")
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot read {self.folder / name}: {error}; get it again") from None
 
 
-def _read_json(file: Path) -> Settings:
+def _read(schema: type[T], file: Path) -> T:
     try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+        return read_json(schema, file)
+    except OSError as error:
         raise UserError(f"cannot read {file}: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file} must hold a JSON object, got a {type(content).__name__}")
-    return content
+
+
+def _read_config(folder: Path) -> Settings:
+    return _read(FolderConfig, folder / "config.json").model_dump(exclude_none=True)

@@ -8,14 +8,62 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.config import ModelConfig
+from pipeline.untrusted import shown
 
 Settings = dict[str, Any]
 
 _ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu2": "relu2"}
 _SYNONYMS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}  # other spellings that GPT-2 folders use
+
+
+class _Checked(BaseModel):
+    """Types as they are written: no text or bool stands for a number. Keys that are not named may be anything."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+Size = Annotated[int, Field(gt=0, lt=2**31)]
+Real = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Rope(_Checked):
+    """Settings of rotary positions."""
+
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: Real | None = None
+
+
+class FolderConfig(_Checked):
+    """A config.json, as far as the families below read it."""
+
+    architectures: list[str] | None = None
+    vocab_size: Size | None = None
+    n_layer: Size | None = None
+    n_head: Size | None = None
+    n_embd: Size | None = None
+    n_inner: Size | None = None
+    n_positions: Size | None = None
+    activation_function: str | None = None
+    layer_norm_epsilon: Real | None = None
+    num_hidden_layers: Size | None = None
+    num_attention_heads: Size | None = None
+    num_key_value_heads: Size | None = None
+    head_dim: Size | None = None
+    hidden_size: Size | None = None
+    intermediate_size: Size | None = None
+    max_position_embeddings: Size | None = None
+    rms_norm_eps: Real | None = None
+    rope_theta: Real | None = None
+    rope_scaling: _Rope | None = None
+    rope_parameters: _Rope | None = None
+    layer_types: list[str] | None = None
+    tie_word_embeddings: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -137,7 +185,7 @@ def _parse_gpt2(values: Settings) -> tuple[Settings, list[str]]:
     fixed = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
     misfits = _differing(values, fixed)
     if activation not in mlp:
-        misfits.append(f"activation_function {activation!r} (supported: {', '.join(sorted(mlp))})")
+        misfits.append(f"activation_function {shown(activation)} (supported: {', '.join(sorted(mlp))})")
     return {
         "n_layers": values["n_layer"],
         "n_heads": values["n_head"],
@@ -170,7 +218,7 @@ def _parse_llama_like(values: Settings) -> tuple[Settings, list[str]]:
     ropes: list[Settings] = [values.get("rope_scaling") or {}, values.get("rope_parameters") or {}]
     kinds = {str(rope.get("rope_type", rope.get("type", "default"))) for rope in ropes} - {"default"}
     if kinds:
-        misfits.append(f"scaled rotary positions {' and '.join(sorted(kinds))!r} (supported: default)")
+        misfits.append(f"scaled rotary positions {shown(' and '.join(sorted(kinds)))} (supported: default)")
     for rope in (values, *ropes):
         misfits += _differing(rope, {"partial_rotary_factor": 1.0})
     return {
@@ -193,7 +241,7 @@ def _parse_llama_like(values: Settings) -> tuple[Settings, list[str]]:
 def _differing(values: Settings, wanted: Settings) -> list[str]:
     """Keys present with another value than the one that is the default there and the only one here."""
     return [
-        f"{key} {values[key]!r} (supported: {value!r})"
+        f"{key} {shown(values[key])} (supported: {value!r})"
         for key, value in wanted.items()
         if values.get(key) is not None and values[key] != value
     ]
@@ -201,7 +249,7 @@ def _differing(values: Settings, wanted: Settings) -> list[str]:
 
 def _layer_types(values: Settings) -> list[str]:
     kinds = sorted(set(values.get("layer_types") or ()) - {"full_attention"})
-    return [f"layer_types {', '.join(kinds)} (supported: full_attention)"] if kinds else []
+    return [f"layer_types {shown(', '.join(kinds))} (supported: full_attention)"] if kinds else []
 
 
 _LLAMA_BLOCK = {

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from pipeline.config import ModelConfig
+from pipeline.errors import UserError
 from pipeline.model.layers import (
     MLP,
     Attention,
@@ -30,6 +31,7 @@ from pipeline.model.layers import (
 )
 from pipeline.model.loss import SummedCrossEntropy
 from pipeline.seeds import named_seed
+from pipeline.untrusted import shown
 
 DRAWN_AT_ONCE = 1 << 16  # initial values: a stream costs about 10 us to start, as much as some thousand values
 _DRAWERS = 8  # threads that draw them: the copies to their place would keep no more busy
@@ -227,6 +229,21 @@ def build_model(config: ModelConfig, *, n_tokens: int) -> Decoder:
     """The model that `config` describes, with uninitialised weights; see `initialise`."""
     families = {"decoder": Decoder}
     return families[config.family](config, n_tokens=n_tokens)
+
+
+def check_size(config: ModelConfig, *, n_tokens: int, tensors: int, where: str) -> None:
+    """Raise `UserError` for settings too large even to be compared, shape by shape, with `tensors` stored ones.
+
+    Each layer has several tensors, and a million layers without memory would still take minutes to build; numbers of
+    elements beyond 64 bits cannot be written down as a shape.
+    """
+    d = config.d_model
+    elements = d * (config.embedding_rows(n_tokens) + config.context_length + 2 * config.n_layers * (d + config.hidden))
+    if config.n_layers > tensors or elements >= 2**60:
+        raise UserError(
+            f"{where} holds {tensors:,} tensors, which cannot be {config.n_layers:,} layers of width {shown(d)} for a "
+            f"vocabulary of {shown(n_tokens)}: settings and tensors belong to different models"
+        )
 
 
 Held = Callable[[Tensor], tuple[Tensor, range]]

@@ -7,15 +7,19 @@ if it had never stopped.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from itertools import pairwise
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pipeline.data.loading.blend import Phase, PhaseSource, continued
 from pipeline.ramp import Ramp
 from pipeline.train.spikes import WINDOW
+from pipeline.untrusted import Natural
 
 FORMAT = 3
+MOST_ROWS = 2**24
+"""Rows of a batch; runs have a thousandth of it."""
 
 
 class BatchSizes(BaseModel):
@@ -23,9 +27,16 @@ class BatchSizes(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    after: int
-    row: int
+    after: Natural
+    row: Natural
     ramp: Ramp
+
+    @model_validator(mode="after")
+    def _sizes_are_sizes(self) -> Self:
+        sizes = [self.ramp.full, *(rows for _, rows in self.ramp.stages)]
+        if not all(0 < rows <= MOST_ROWS for rows in sizes) or not all(steps > 0 for steps, _ in self.ramp.stages):
+            raise ValueError(f"expected batches of 1 to {MOST_ROWS:,} rows in stages of at least 1 step")
+        return self
 
 
 def rows_of_step(batches: Sequence[BatchSizes], step: int) -> tuple[int, int]:
@@ -39,8 +50,8 @@ class Rollback(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    spike: int
-    to: int
+    spike: Natural
+    to: Natural
 
 
 class TrainState(BaseModel):
@@ -54,20 +65,33 @@ class TrainState(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: int = FORMAT
-    step: int
-    rows: int
-    tokens: int
-    n_tokens: int
-    phases: tuple[Phase, ...]
-    batches: tuple[BatchSizes, ...]
+    step: Natural
+    rows: Natural
+    tokens: Natural
+    n_tokens: Natural
+    phases: Annotated[tuple[Phase, ...], Field(min_length=1)]
+    batches: Annotated[tuple[BatchSizes, ...], Field(min_length=1)]
     tokenizer_fingerprint: str
-    tokenizer_eos_id: int
+    tokenizer_eos_id: Natural
     precision: str
     loss_scale: dict[str, float | int] = {}
     evaluated: bool = True
-    skipped: tuple[int, ...] = ()
+    skipped: tuple[Natural, ...] = ()
     rollbacks: tuple[Rollback, ...] = ()
     recent_losses: tuple[float, ...] = ()
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        """What grows with the run begins at its beginning; a step is skipped once."""
+        for name, places in (
+            ("phases", [phase.row for phase in self.phases]),
+            ("batches", [sizes.after for sizes in self.batches]),
+        ):
+            if places[0] != 0 or any(low >= high for low, high in pairwise(places)):
+                raise ValueError(f"expected {name} that begin at 0 and ascend, got {places[:5]}")
+        if len(set(self.skipped)) < len(self.skipped) or max(self.skipped, default=0) > self.step:
+            raise ValueError(f"expected skipped steps up to {self.step}, each once, got {self.skipped[:5]}")
+        return self
 
     @property
     def updates(self) -> int:

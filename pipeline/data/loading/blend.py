@@ -12,9 +12,10 @@ from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
+from typing import Annotated
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.config_data import SourceConfig
 from pipeline.data.loading.loader import Shuffled
@@ -22,6 +23,7 @@ from pipeline.data.loading.rows import Origin, Rows
 from pipeline.data.order import Indices, mix_keys
 from pipeline.errors import UserError
 from pipeline.seeds import named_seed
+from pipeline.untrusted import Natural
 
 # Each HAND of rows holds every dataset's exact share, shuffled within, so that at any row a count is off by what one
 # hand can hold, and shares are true in short runs of small batches too. A BLOCK is many hands, dealt at once for speed.
@@ -44,8 +46,8 @@ class PhaseSource(_Record):
 class Phase(_Record):
     """From row `row` on these datasets are blended, by `settings.weight`."""
 
-    row: int
-    sources: tuple[PhaseSource, ...]
+    row: Natural
+    sources: Annotated[tuple[PhaseSource, ...], Field(min_length=1)]
 
     def shares(self) -> dict[str, Fraction]:
         """Exact share of each digest, the smallest first; weights are the decimals that were written."""

@@ -11,7 +11,6 @@ wrote it. `store` writes them, `pieces` says which rank writes and reads what, `
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -20,13 +19,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from pipeline.cli import config_from_values
 from pipeline.config import Config
 from pipeline.errors import UserError, nearest
-from pipeline.model.transformer import Decoder, build_model
+from pipeline.model.transformer import Decoder, build_model, check_size
 from pipeline.train.saving.pieces import Piece, StoredTensor, check_fit, read_headers, read_tensor
 from pipeline.train.saving.storage import (
     MANIFEST,
@@ -40,8 +38,19 @@ from pipeline.train.saving.storage import (
     names_a_checkpoint,
     read_bytes,
     read_manifest,
+    size_of,
 )
 from pipeline.train.state import FORMAT, TrainState
+from pipeline.untrusted import (
+    LARGEST_YAML,
+    DamagedFileError,
+    IrregularFileError,
+    Object,
+    check,
+    parse_json,
+    parse_yaml,
+    shown,
+)
 
 PAUSES = (0.2, 1.0, 5.0)  # seconds before a file that could not be read is tried again
 LASTING = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)  # trying again tells the same
@@ -85,9 +94,13 @@ def restore_weights(checkpoint: Location, *, model: nn.Module) -> TrainState:
 
 def load_model(checkpoint: Location, *, device: torch.device) -> tuple[Decoder, Config]:
     """The trained model of a checkpoint folder, in float32 and evaluation mode, on one process."""
-    config = read_config(checkpoint)
-    model = build_model(config.model, n_tokens=read_state(checkpoint).n_tokens).to(device)
-    _read_weights(checkpoint, model)
+    config, n_tokens = read_config(checkpoint), read_state(checkpoint).n_tokens
+    stored = _headers(checkpoint, "model")
+    check_size(config.model, n_tokens=n_tokens, tensors=len(stored), where=str(checkpoint))
+    with torch.device("meta"):  # what does not fit is told before there is memory for it
+        check_fit(stored, build_model(config.model, n_tokens=n_tokens).state_dict(), where=checkpoint)
+    model = build_model(config.model, n_tokens=n_tokens).to(device)
+    _read_tensors(stored, dict(model.state_dict()), where=checkpoint)
     return model.eval(), config
 
 
@@ -188,25 +201,28 @@ def inspect(checkpoint: Location, *, part: int = 0, parts: int = 1) -> Findings:
         expected = _patiently(read_manifest, checkpoint, file=checkpoint / MANIFEST)
     except FileNotFoundError:
         return Findings(damage=(f"{MANIFEST} is missing",))
-    except UserError:
-        raise
-    except ValueError as error:
-        return Findings(damage=(f"{MANIFEST} is damaged: {error}",))
+    except DamagedFileError as error:
+        return Findings(damage=(str(error),))
     except OSError as error:
         return Findings(closed=(f"{MANIFEST}: {error.strerror or error}",))
     damage: list[str] = []
     closed: list[str] = []
     for name, wanted in list(expected.items())[part::parts]:
+        expected_size = f"{name}: expected {wanted['bytes']} bytes with checksum {wanted['xxh3_128']}"
         try:
+            size = _patiently(size_of, checkpoint / name, file=checkpoint / name)
+            if size != wanted["bytes"]:  # then its content says nothing, and there may be very much of it
+                damage.append(f"{expected_size}, found {size} bytes")
+                continue
             found = _patiently(fingerprint, checkpoint / name, file=checkpoint / name)
+        except IrregularFileError as error:
+            damage.append(str(error))
+            continue
         except OSError as error:
             (damage if isinstance(error, FileNotFoundError) else closed).append(f"{name}: {error.strerror or error}")
             continue
         if found != wanted:
-            damage.append(
-                f"{name}: expected {wanted['bytes']} bytes with checksum {wanted['xxh3_128']}, "
-                f"found {found['bytes']} bytes with {found['xxh3_128']}"
-            )
+            damage.append(f"{expected_size}, found {found['bytes']} bytes with {found['xxh3_128']}")
     return Findings(tuple(damage), tuple(closed))
 
 
@@ -238,16 +254,15 @@ def read_state(checkpoint: Location) -> TrainState:
     """state.json, checked."""
     path = checkpoint / "state.json"
     try:
-        values = json.loads(read_bytes(path))
-        found = values["format"]  # first: another format has other keys
-        if found == FORMAT:
-            return TrainState.model_validate(values)
-    except (OSError, ValueError, KeyError, TypeError) as error:  # pydantic's is a ValueError
+        values = parse_json(Object, read_bytes(path), origin=path)
+    except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    raise UserError(
-        f"{checkpoint} has format {found}, this version reads {FORMAT}: "
-        "go on with the version that wrote it, or start another run"
-    )
+    if values.get("format") != FORMAT:  # first: another format has other keys
+        raise UserError(
+            f"{checkpoint} has format {shown(values.get('format'))}, this version reads {FORMAT}: "
+            "go on with the version that wrote it, or start another run"
+        )
+    return check(TrainState, values, origin=path)
 
 
 def read_config(checkpoint: Location) -> Config:
@@ -257,12 +272,10 @@ def read_config(checkpoint: Location) -> Config:
 
 def _read_settings(file: Location) -> Config:
     try:
-        values = yaml.safe_load(read_bytes(file))
-    except (OSError, yaml.YAMLError) as error:
+        content = read_bytes(file, limit=LARGEST_YAML)
+    except OSError as error:
         raise UserError(f"{file} cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file} must hold sections such as 'model:', got a {type(values).__name__}")
-    return config_from_values(values, origin=str(file))
+    return config_from_values(parse_yaml(content, origin=file), origin=str(file))
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -281,7 +294,7 @@ def _headers(checkpoint: Location, part: str) -> dict[str, StoredTensor]:
     """What the manifest's files of a part hold: a stray file, from a copy of another checkpoint, is never opened."""
     try:
         named = read_manifest(checkpoint)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise UserError(f"{checkpoint / MANIFEST} cannot be read: {error}") from None
     files = [checkpoint / name for name in named if name.startswith(f"{part}/")]
     try:

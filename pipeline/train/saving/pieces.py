@@ -17,20 +17,23 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
 import torch
 import xxhash
+from pydantic import BaseModel, Field
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from pipeline.errors import UserError
-from pipeline.train.saving.storage import Location, read_into
+from pipeline.train.saving.storage import Location, read_into, size_of
+from pipeline.untrusted import DamagedFileError, Natural, Object, check, parse_json, shown
 
 BLOCK = 1 << 26  # bytes moved at a time: what goes through memory beside the tensors themselves
 SUFFIX = ".safetensors"
 _ALIGNMENT = 64  # of the first tensor in a file
-_HEADER_LIMIT = 1 << 30  # a length beyond it is no header
+_HEADER_LIMIT = 100_000_000  # bytes, as the safetensors library has it
+_MOST_DIMENSIONS = 8
 _READERS = 16  # headers read at once: on an object store each is a round trip
 
 _CODES = {
@@ -174,58 +177,80 @@ def read_headers(files: Sequence[Location], *, folder: Location) -> dict[str, St
     with ThreadPoolExecutor(min(_READERS, len(files))) as pool:
         headers = list(pool.map(_read_header, files))
     found: dict[str, StoredTensor] = {}
-    for file, header in zip(files, headers, strict=True):
-        try:
-            for name, stored in _tensors_of(file, header):
-                known = found.get(name, stored)
-                if (known.dtype, known.shape) != (stored.dtype, stored.shape):
-                    raise ValueError(
-                        f"{name} is {stored.dtype} {stored.shape} here, {known.dtype} {known.shape} before"
-                    )
-                places = () if known is stored else known.places
-                found[name] = StoredTensor(stored.dtype, stored.shape, places + stored.places)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{file} cannot be read as safetensors: {error!r}") from None
+    for file, (header, size) in zip(files, headers, strict=True):
+        for name, stored in _tensors_of(file, header, size=size):
+            known = found.get(name, stored)
+            if (known.dtype, known.shape) != (stored.dtype, stored.shape):
+                raise DamagedFileError(
+                    f"{file} cannot be read as safetensors: {shown(name)} is {stored.dtype} "
+                    f"{stored.shape} here, {known.dtype} {known.shape} before"
+                )
+            places = () if known is stored else known.places
+            found[name] = StoredTensor(stored.dtype, stored.shape, places + stored.places)
+    for name, tensor in found.items():
+        _check_whole(name, tensor, folder=folder)
     return found
 
 
-def _read_header(file: Location) -> bytes:
-    """The JSON text after the eight bytes of its length."""
+def _read_header(file: Location) -> tuple[bytes, int]:
+    """The JSON text after the eight bytes of its length, and the size of the file."""
     length = bytearray(8)
     try:
+        size = size_of(file)
         read_into(file, 0, memoryview(length))
-        size = int.from_bytes(length, "little")
-        if size > _HEADER_LIMIT:
-            raise EOFError(f"a header of {size} bytes")
-        text = bytearray(size)
+        text_bytes = int.from_bytes(length, "little")
+        if text_bytes > min(size - 8, _HEADER_LIMIT):
+            raise EOFError(f"a header of {text_bytes} bytes in a file of {size}")
+        text = bytearray(text_bytes)
         read_into(file, 8, memoryview(text))
     except EOFError as error:
-        raise UserError(f"{file} cannot be read as safetensors: {error}") from None
-    return bytes(text)
+        raise DamagedFileError(f"{file} cannot be read as safetensors: {error}") from None
+    return bytes(text), size
 
 
-def _tensors_of(file: Location, header: bytes) -> Iterator[tuple[str, StoredTensor]]:
-    described = json.loads(header)
-    parts = json.loads(described.pop("__metadata__", {}).get("rows", "{}"))
-    for name, entry in described.items():
-        shape, dtype = tuple(entry["shape"]), _DTYPES[entry["dtype"]]
+class _Entry(BaseModel):
+    dtype: str
+    shape: Annotated[tuple[Natural, ...], Field(max_length=_MOST_DIMENSIONS)]
+    data_offsets: tuple[Natural, Natural]
+
+
+def _tensors_of(file: Location, header: bytes, *, size: int) -> Iterator[tuple[str, StoredTensor]]:
+    origin = f"{file} cannot be read as safetensors: its header"
+    values = parse_json(Object, header, origin=origin)
+    about = check(dict[str, str], values.pop("__metadata__", {}), origin=origin)
+    parts = parse_json(dict[str, tuple[Natural, Natural]], about.get("rows", "{}").encode(), origin=origin)
+    for name, entry in check(dict[str, _Entry], values, origin=origin).items():
+        shape, dtype = entry.shape, _DTYPES.get(entry.dtype)
         first, total = parts.get(name, (0, shape[0] if shape else 1))
         rows = range(first, first + (shape[0] if shape else 1))
-        begin, end = entry["data_offsets"]
-        if end - begin != prod(shape) * dtype.itemsize or rows.start < 0 or rows.stop > total:
-            raise ValueError(f"{name} has shape {shape} in bytes {begin} to {end}, rows {rows} of {total}")
+        begin, end = entry.data_offsets
+        fits = dtype is not None and end - begin == prod(shape) * dtype.itemsize and 8 + len(header) + end <= size
+        if dtype is None or not fits or rows.stop > total:
+            raise DamagedFileError(
+                f"{file} cannot be read as safetensors: {shown(name)} is {shown(entry.dtype)} {shape} in bytes {begin} "
+                f"to {end}, {rows} of {total}, in a file of {size}"
+            )
         whole = (total, *shape[1:]) if shape else ()
         yield name, StoredTensor(dtype, whole, (Stored(file, 8 + len(header) + begin, rows),))
 
 
+def _check_whole(name: str, tensor: StoredTensor, *, folder: Location) -> None:
+    """Raise for rows that no file has, before there is memory for them."""
+    done, total = 0, tensor.shape[0] if tensor.shape else 1
+    for first, stop in [*sorted((place.rows.start, place.rows.stop) for place in tensor.places), (total, total)]:
+        if first > done:
+            raise DamagedFileError(f"{folder} lacks rows {done} to {first - 1} of {shown(name)}")
+        done = max(done, stop)
+
+
 def check_fit(stored: Mapping[str, StoredTensor], wanted: Mapping[str, Tensor], *, where: Location) -> None:
-    """Errors: tensors that are missing, too many, or of another shape; the first few are named."""
+    """Errors: tensors that are missing, too many, of another shape or no floats; the first few are named."""
     faults = [f"{name} is missing" for name in wanted if name not in stored]
     faults += [f"{name} is too many" for name in stored if name not in wanted]
     faults += [
-        f"{name}: wanted {tuple(tensor.shape)}, found {stored[name].shape}"
+        f"{name}: expected floats {tuple(tensor.shape)}, found {stored[name].dtype} {stored[name].shape}"
         for name, tensor in wanted.items()
-        if name in stored and stored[name].shape != tuple(tensor.shape)
+        if name in stored and (stored[name].shape != tuple(tensor.shape) or not stored[name].dtype.is_floating_point)
     ]
     if faults:
         more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
@@ -234,21 +259,18 @@ def check_fit(stored: Mapping[str, StoredTensor], wanted: Mapping[str, Tensor], 
 
 @torch.no_grad()
 def read_tensor(stored: StoredTensor, target: Piece) -> None:
-    """Fill the rows that this rank holds, and read no others. Errors: rows that no file has."""
+    """Fill the rows that this rank holds, and read no others; `read_headers` has seen that the files hold them."""
     done = target.held.start
     for place in sorted(stored.places, key=lambda place: place.rows.start):
         rows = range(max(done, place.rows.start), min(target.held.stop, place.rows.stop))
         if not rows:
             continue
-        if rows.start > done:
-            break
         elements = prod(target.shape[1:])
         offset = place.offset + (rows.start - place.rows.start) * elements * stored.dtype.itemsize
         local = target.local[rows.start - target.held.start : rows.stop - target.held.start]
         _read_elements(place.file, offset, local.view(-1), dtype=stored.dtype)
         done = rows.stop
-    if done < target.held.stop:
-        raise UserError(f"{stored.places[0].file.parent} lacks rows {done} to {target.held.stop - 1} of {target.name}")
+    assert done == target.held.stop, f"{target.name}: rows {done} to {target.held.stop - 1} lie in no file"
 
 
 def _read_elements(file: Location, offset: int, target: Tensor, *, dtype: torch.dtype) -> None:

@@ -28,11 +28,21 @@ from pathlib import Path
 from typing import IO, Any
 
 import xxhash
+from pydantic import BaseModel, ConfigDict
 from typing_extensions import override
 
 from pipeline.credentials import is_masked, mask
-from pipeline.errors import UserError
+from pipeline.errors import UserError, sized
 from pipeline.files import fsync_folder
+from pipeline.untrusted import (
+    LARGEST_JSON,
+    DamagedFileError,
+    Natural,
+    RelativePath,
+    check_regular,
+    parse_json,
+    read_regular,
+)
 
 MANIFEST = "manifest.json"
 DAMAGED_MANIFEST = "manifest.damaged.json"
@@ -124,13 +134,18 @@ def is_folder(location: Location) -> bool:
 
 
 def size_of(file: Location) -> int:
-    """Bytes of a file."""
-    return file.stat().st_size if isinstance(file, Path) else int(file.system.size(file.path))
+    """Bytes of a file. Raises `IrregularFileError` for a device or a pipe."""
+    return check_regular(file) if isinstance(file, Path) else int(file.system.size(file.path))
 
 
-def read_bytes(file: Location) -> bytes:
-    """A whole, small file."""
-    return file.read_bytes() if isinstance(file, Path) else bytes(file.system.cat_file(file.path))
+def read_bytes(file: Location, *, limit: int = LARGEST_JSON) -> bytes:
+    """A whole, small file. Raises `UserError` for one of more than `limit` bytes, a device or a pipe."""
+    if isinstance(file, Path):
+        return read_regular(file, limit=limit)
+    content = bytes(file.system.cat_file(file.path, start=0, end=limit + 1))
+    if len(content) > limit:
+        raise UserError(f"{file} has more than {sized(limit)}; is it the right file?")
+    return content
 
 
 def read_into(file: Location, offset: int, target: memoryview) -> None:
@@ -170,8 +185,10 @@ def writing(file: Location) -> Iterator[IO[bytes]]:
 
 
 def fingerprint(file: Location) -> dict[str, int | str]:
-    """Size and checksum of a file, as manifests hold them."""
+    """Size and checksum of a file, as manifests hold them. Raises `IrregularFileError` for a device or a pipe."""
     digest, size = xxhash.xxh3_128(), 0
+    if isinstance(file, Path):
+        check_regular(file)
     with file.open("rb") if isinstance(file, Path) else file.system.open(file.path, "rb") as stream:
         while block := stream.read(READ_BYTES):
             digest.update(block)
@@ -186,17 +203,29 @@ def manifest_of(files: dict[str, dict[str, int | str]], *, version: int) -> byte
     return json.dumps({**values, "xxh3_128": digest}, indent=2).encode() + b"\n"
 
 
+class _FileEntry(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bytes: Natural
+    xxh3_128: str
+
+
+class _Manifest(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Natural
+    files: dict[RelativePath, _FileEntry]
+    xxh3_128: str
+
+
 def read_manifest(checkpoint: Location) -> dict[str, dict[str, int | str]]:
-    """{name: size and checksum}. Errors: OSError; ValueError for anything but what `manifest_of` wrote."""
-    content = read_bytes(checkpoint / MANIFEST)
-    try:
-        values = json.loads(content)
-        files: dict[str, dict[str, int | str]] = values["files"]
-        written = manifest_of(files, version=values["format"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{MANIFEST} cannot be read: {error!r}") from None
-    if content != written:
-        raise ValueError(f"{MANIFEST} is not as it was written")
+    """{name: size and checksum}. Raises OSError, and `DamagedFileError` for anything but what `manifest_of` wrote."""
+    path = checkpoint / MANIFEST
+    content = read_bytes(path)
+    manifest = parse_json(_Manifest, content, origin=path)
+    files: dict[str, dict[str, int | str]] = {name: entry.model_dump() for name, entry in manifest.files.items()}
+    if content != manifest_of(files, version=manifest.format):
+        raise DamagedFileError(f"{path} is not as it was written")
     return files
 
 
