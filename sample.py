@@ -26,12 +26,14 @@ if __name__ == "__main__":
 import torch
 
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
+from pipeline.data.tokenizer_schema import LARGEST_TOKENIZER
 from pipeline.generate.decode import to_bf16
 from pipeline.generate.text import Piece, finished, write
 from pipeline.model.hf import is_hf_folder, load_hf
 from pipeline.model.transformer import Decoder
 from pipeline.train.saving.checkpoint import load_model, read_state, resolve_checkpoint
 from pipeline.train.saving.storage import read_bytes
+from pipeline.untrusted import LARGEST_JSON, Object, parse_json, read_regular
 
 
 def main() -> None:
@@ -67,7 +69,8 @@ def read_prompts(arguments: Arguments) -> list[str]:
     prompts = [decode_prompt(sys.stdin.buffer.read(), "standard input") if text == "-" else text for text in named]
     if arguments.prompt_file is not None:
         try:
-            prompts.append(decode_prompt(arguments.prompt_file.read_bytes(), str(arguments.prompt_file)))
+            content = read_regular(arguments.prompt_file, limit=LARGEST_JSON)
+            prompts.append(decode_prompt(content, str(arguments.prompt_file)))
         except OSError as error:
             raise UserError(f"cannot read the prompt file {arguments.prompt_file}: {error.strerror}") from None
     for prompt in prompts:
@@ -98,7 +101,8 @@ def load(source: str, *, device: torch.device) -> tuple[Decoder, TextTokenizer, 
         return load_hf(folder).to(device), tokenizer, tokenizer.end_ids
     checkpoint = resolve_checkpoint(source)
     state = read_state(checkpoint)
-    definition = json.loads(read_bytes(checkpoint / "tokenizer.json"))
+    file = checkpoint / "tokenizer.json"
+    definition = parse_json(Object, read_bytes(file, limit=LARGEST_TOKENIZER), origin=file)
     tokenizer = TextTokenizer.from_definition(definition, origin=str(checkpoint), eos=state.tokenizer_eos_id)
     if tokenizer.fingerprint != state.tokenizer_fingerprint:
         raise UserError(

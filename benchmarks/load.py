@@ -62,7 +62,7 @@ def make_split(folder: Path, *, tokens: int) -> TokenSplit:
             info = writer.commit()
         assert info is not None, "a shard without documents"
         shards.append(Shard(folder, info, dtype=DTYPE, inputs=["random"]))
-    return TokenSplit(shards, text_bytes=1, dtype=DTYPE)
+    return TokenSplit(shards, text_bytes=1, dtype=DTYPE, vocab_size=2**31)
 
 
 def document_lengths(generator: np.random.Generator, documents: int) -> npt.NDArray[np.int32]:
@@ -179,6 +179,8 @@ class Lengths:
 
     keep = None
 
+    path = Path("lengths.bin")
+
     def __init__(self, lengths: npt.NDArray[np.int32]) -> None:
         self.lengths, self.n_documents, self.n_tokens = lengths, len(lengths), int(lengths.sum(dtype=np.int64))
         self.tokens = np.zeros(0, DTYPE)
@@ -199,7 +201,7 @@ class Lengths:
 def pack(documents: int, *, context: int) -> None:
     """Time and fill of the plan; memory that it keeps."""
     lengths = document_lengths(np.random.default_rng(2), documents)
-    split = TokenSplit([Lengths(lengths)], text_bytes=1, dtype=DTYPE)
+    split = TokenSplit([Lengths(lengths)], text_bytes=1, dtype=DTYPE, vocab_size=2**31)
     before, _ = anonymous_mib(), split.lengths  # a copy that belongs to the split
     began = process_time()
     plan = Pack(split, context_length=context, key=1)

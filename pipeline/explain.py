@@ -180,7 +180,7 @@ def _line(origin: Origin) -> str:
 def _beginning(blend: Blend, row: int, origin: Origin, tokenizer: TextTokenizer) -> str:
     """The text of the first tokens, on one line."""
     start, length = origin.span.start, min(origin.span.length, SHOWN_TOKENS)
-    text = tokenizer.decode(blend.source_of(row).plan.split.tokens(start, start + length))
+    text = tokenizer.decode(blend.source_of(row).plan.split.checked_tokens(start, start + length))
     return json.dumps(text[:SHOWN_CHARACTERS], ensure_ascii=False)
 
 

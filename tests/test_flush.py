@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 
 from pipeline.train.saving import flush
 from pipeline.train.saving.flush import Channel, Flush, HostBlocks, plan
+from pipeline.train.saving.manifest import read_manifest
 from pipeline.train.saving.pieces import Piece
-from pipeline.train.saving.storage import LocalShelf, entries, read_manifest
+from pipeline.train.saving.storage import LocalShelf, entries
 
 FLATS = [
     torch.arange(40, dtype=torch.float64),

@@ -52,7 +52,7 @@ def make_split(parts: Sequence[tuple[Sequence[int], Sequence[bool] | None]]) -> 
             if keep is None or keep[number]:
                 documents.append([APART * (first + number) + i for i in range(length)])
         first += len(lengths)
-    return TokenSplit(listed, text_bytes=1, dtype=np.dtype(np.int32)), documents
+    return TokenSplit(listed, text_bytes=1, dtype=np.dtype(np.int32), vocab_size=2**31), documents
 
 
 @st.composite
@@ -211,7 +211,9 @@ def test_rows_are_those_of_best_fit_decreasing(lengths: list[int], size: int) ->
 def test_little_padding_on_lengths_as_they_occur() -> None:
     generator = np.random.default_rng(5)
     lengths = np.maximum(generator.lognormal(np.log(400), 1.0, size=20_000), 1).astype(int)
-    split = TokenSplit([ListedPart(lengths.tolist(), keep=None, first=0)], text_bytes=1, dtype=np.dtype(np.int32))
+    split = TokenSplit(
+        [ListedPart(lengths.tolist(), keep=None, first=0)], text_bytes=1, dtype=np.dtype(np.int32), vocab_size=2**31
+    )
     for context in (256, 1024, 2048):
         plan = Pack(split, context_length=context, key=1)
         assert plan.targets == int((lengths - 1).sum())

@@ -15,7 +15,7 @@ import xxhash
 
 from pipeline.data.dataset import Dataset, open_dataset
 from pipeline.data.preparing.audit import verify
-from pipeline.data.shards import DOCUMENT_DTYPE, ShardWriter
+from pipeline.data.shards import DOCUMENT_DTYPE, ShardWriter, map_file
 from pipeline.errors import UserError
 from tests.prepared import damage, edit_manifest, write_dataset, write_shard
 
@@ -129,9 +129,8 @@ def test_an_empty_split_and_an_empty_file_are_read(folder: Path) -> None:
     val = open_dataset(folder).split("val")
     assert (val.n_tokens, val.n_documents, val.text_bytes) == (0, 0, 0)
     assert len(val.tokens(0, 0)) == len(val.document_of(0, 0)) == 0
-    shard = open_dataset(folder).split("train").parts[0]
-    (folder / "train-00000.bin").write_bytes(b"")
-    assert len(shard.tokens) == 0
+    (folder / "empty").touch()
+    assert map_file(folder / "empty") == b""
 
 
 def test_reading_changes_nothing(folder: Path) -> None:
@@ -158,7 +157,7 @@ def test_what_is_no_dataset_is_refused(folder: Path) -> None:
 
 def test_a_foreign_or_damaged_manifest_is_refused(folder: Path) -> None:
     edit_manifest(folder, lambda values: values.update(vocab_size="many"))
-    with pytest.raises(UserError, match=r"manifest.json is damaged at 'vocab_size'"):
+    with pytest.raises(UserError, match=r"manifest.json is damaged at vocab_size: .* got 'many'"):
         open_dataset(folder)
     edit_manifest(folder, lambda values: values.update(format_version=99))
     with pytest.raises(UserError, match="format version 99 found, this program reads 2"):

@@ -15,8 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.data.manifest import TOKENIZER_NAME, Manifest, SplitName, read_manifest
-from pipeline.data.shards import DocumentInfo, Shard, allow_open_files
+from pipeline.data.shards import DocumentInfo, Shard, allow_open_files, outside
+from pipeline.data.tokenizer_schema import LARGEST_TOKENIZER
 from pipeline.errors import UserError
+from pipeline.untrusted import read_regular
 
 Tokens = npt.NDArray[Any]
 Integers = npt.NDArray[np.int64]
@@ -26,6 +28,10 @@ class Part(Protocol):
     """A file of tokens and the documents in it, end to end; both count from 0. `Shard` is one."""
 
     n_tokens: int
+
+    @property
+    def path(self) -> Path:
+        """The file, to be named in errors."""
 
     @property
     def n_documents(self) -> int:
@@ -58,8 +64,8 @@ class TokenSplit:
 
     Deleted documents are no part of it: the stream consists of segments, runs of kept documents of one part.
     Documents and tokens are numbered along the stream. `dtype`: what holds the ids of all parts. `text_bytes` may be a
-    function, called when first asked. `unproven`: the vocabulary of ids that were not all looked at: plans then look at
-    what they read. None: they were.
+    function, called when first asked. Ids may lie outside the vocabulary of `vocab_size`, as nobody reads all of them
+    when a dataset is opened: who reads them, checks them.
     """
 
     def __init__(
@@ -68,10 +74,10 @@ class TokenSplit:
         *,
         text_bytes: int | Callable[[], int],
         dtype: np.dtype[Any],
-        unproven: int | None = None,
+        vocab_size: int,
     ) -> None:
         self.parts = tuple(parts)
-        self.unproven = unproven
+        self.vocab_size = vocab_size
         self._text_bytes = text_bytes
         self.dtype = dtype
         runs = [_segments(part) for part in self.parts]
@@ -110,6 +116,22 @@ class TokenSplit:
         if len(parts) == 1:
             return parts[0]
         return np.concatenate(parts) if parts else np.zeros(0, self.dtype)
+
+    def checked_tokens(self, start: int, stop: int) -> Tokens:
+        """As `tokens`. Raises `UserError` for an id outside the vocabulary, naming file and document."""
+        ids = self.tokens(start, stop)
+        place = outside(ids, self.vocab_size)
+        if place is not None:
+            [(segment, token, _)] = self._overlapping(start + place, start + place + 1)
+            part = self._part_of(segment)
+            info = part.describe(part.document_at(token))
+            of = "" if info.source == str(part.path) else f" of {info.source}"
+            raise UserError(
+                f"{part.path}: id {ids[place]} in document {info.row}{of} is outside the vocabulary of "
+                f"{self.vocab_size} tokens: another tokenizer made the file, or it is damaged; name that tokenizer or "
+                "copy it again"
+            )
+        return ids
 
     def ranges(self, starts: Integers, stops: Integers) -> Iterator[Tokens]:
         """The same for many ranges, starts and stops (n,), found together: a millionth of a second each."""
@@ -206,7 +228,7 @@ class Dataset:
 
     def split(self, name: SplitName) -> TokenSplit:
         """The stream of a split; one that is not there has no tokens."""
-        return self._splits.get(name) or TokenSplit((), text_bytes=0, dtype=np.dtype("<u2"))
+        return self._splits.get(name) or TokenSplit((), text_bytes=0, dtype=np.dtype("<u2"), vocab_size=self.vocab_size)
 
 
 def open_shards(folder: Path, manifest: Manifest) -> dict[SplitName, list[Shard]]:
@@ -229,20 +251,23 @@ def open_dataset(path: str | Path) -> Dataset:
     folder = Path(path).expanduser()
     manifest = read_manifest(folder)
     tokenizer = folder / TOKENIZER_NAME
-    if not tokenizer.exists():
-        raise UserError(f"{tokenizer} is missing; copy it from where the dataset was made")
+    try:
+        tokenizer_json = read_regular(tokenizer, limit=LARGEST_TOKENIZER)
+    except FileNotFoundError:
+        raise UserError(f"{tokenizer} is missing; copy it from where the dataset was made") from None
     splits: dict[SplitName, TokenSplit] = {}
     for name, shards in open_shards(folder, manifest).items():
         for shard in shards:
             shard.check()
         dtype = np.dtype(manifest.dtype).newbyteorder("<")
-        splits[name] = TokenSplit(shards, text_bytes=manifest.total(name, "text_bytes"), dtype=dtype)
+        text_bytes = manifest.total(name, "text_bytes")
+        splits[name] = TokenSplit(shards, text_bytes=text_bytes, dtype=dtype, vocab_size=manifest.vocab_size)
     return Dataset(
         folder,
         splits,
         vocab_size=manifest.vocab_size,
         eos_id=manifest.eos_id,
-        tokenizer_json=tokenizer.read_bytes(),
+        tokenizer_json=tokenizer_json,
         tokenizer_fingerprint=manifest.tokenizer_fingerprint,
         data_digest=manifest.data_digest,
     )

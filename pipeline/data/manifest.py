@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import UserError, nearest
 from pipeline.files import fsync_folder, write_durably
+from pipeline.untrusted import DamagedFileError, FileName, Natural, Object, fault_of, read_json, shown
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
@@ -34,6 +36,7 @@ _OTHERS = (
 BitmapKind = Literal["keep", "duplicates", "contaminated"]
 SplitName = Literal["train", "val"]
 SPLITS: tuple[SplitName, ...] = ("train", "val")
+SUFFIXES = (".bin", ".idx", ".docs.npy")
 
 
 class DamagedManifestError(UserError):
@@ -47,16 +50,16 @@ class _Record(BaseModel):
 class FileInfo(_Record):
     """One file of a shard: its size in bytes and the xxh3_128 of its content in hexadecimal."""
 
-    size: int
-    checksum: str
+    size: Natural
+    checksum: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 
 
 class Counts(_Record):
     """How much of a shard or a split: documents, their tokens with EOS, the bytes of their text."""
 
-    documents: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
+    documents: Natural = 0
+    tokens: Natural = 0
+    text_bytes: Natural = 0
 
 
 class ShardInfo(_Record):
@@ -66,13 +69,27 @@ class ShardInfo(_Record):
     takes out of the dataset. `continues` are the rows of the first document's source that earlier units hold.
     """
 
-    name: str
-    documents: int
-    tokens: int
-    text_bytes: int
-    files: dict[str, FileInfo]
+    name: FileName
+    documents: Annotated[Natural, Field(gt=0)]
+    tokens: Natural
+    text_bytes: Natural
+    files: dict[FileName, FileInfo]
     deleted: Counts = Counts()
-    continues: int = 0
+    continues: Natural = 0
+
+    @model_validator(mode="after")
+    def _files_are_its_own(self) -> Self:
+        """Whatever is done to the files of a shard is done to no other file."""
+        wanted = {f"{self.name}{suffix}" for suffix in SUFFIXES}
+        kinds = "|".join(get_args(BitmapKind))
+        bitmap = re.compile(rf"{re.escape(self.name)}\.({kinds})-[0-9a-f]+\.npy")
+        others = [name for name in self.files if name not in wanted and not bitmap.fullmatch(name)]
+        if others or not wanted <= self.files.keys():
+            raise ValueError(
+                f"shard {shown(self.name)} has the files {', '.join(sorted(wanted))} and perhaps bitmaps, "
+                f"got {', '.join(map(shown, self.files))}"
+            )
+        return self
 
     def file(self, suffix: str) -> FileInfo:
         """The entry of `NAME<suffix>`; suffixes are `.bin`, `.idx`, `.docs.npy`."""
@@ -122,20 +139,29 @@ class Manifest(_Record):
 
     format_version: int
     dtype: Literal["uint16", "int32"]
-    vocab_size: int
-    eos_id: int
+    vocab_size: Annotated[Natural, Field(gt=0, lt=2**31)]
+    eos_id: Natural
     tokenizer_fingerprint: str
     data_digest: str
     split_rule: str
     splits: dict[SplitName, tuple[ShardInfo, ...]]
-    records: int
-    drops: dict[str, int]
-    noticed: dict[str, int]
+    records: Natural
+    drops: dict[str, Natural]
+    noticed: dict[str, Natural]
     failed: tuple[FailedUnit, ...] = ()
     deduplication: Deduplication | None = None
     contamination: Contamination | None = None
     settings: dict[str, Any]
     inputs: tuple[InputInfo, ...]
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [shard.name for shards in self.splits.values() for shard in shards]
+        if len(set(names)) < len(names):
+            raise ValueError("expected shards of different names, got one twice")
+        if self.eos_id >= self.vocab_size:
+            raise ValueError(f"eos_id {self.eos_id} is outside the vocabulary of {self.vocab_size}")
+        return self
 
     def total(self, split: SplitName, what: Literal["documents", "tokens", "text_bytes"]) -> int:
         """Sum of one count over the shards of a split, without what is deleted."""
@@ -178,23 +204,21 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.exists() or (folder / _CHECKPOINT_MARK).exists():  # checkpoints have a manifest of their own
         raise _no_dataset(folder)
     try:
-        values = json.loads(path.read_bytes())
-        version = values["format_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        values = read_json(Object, path)
+    except (OSError, DamagedFileError) as error:
         raise DamagedManifestError(
-            f"{path} is not a manifest of data_prep.py ({error!r}); run data_prep.py again"
+            f"{path} is not a manifest of data_prep.py ({error}); run data_prep.py again"
         ) from None
+    version = values.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{path}: format version {version!r} found, this program reads {FORMAT_VERSION}; "
+            f"{path}: format version {shown(version)} found, this program reads {FORMAT_VERSION}; "
             "prepare the data again or use the version of this program that made it"
         )
     try:
         return Manifest.model_validate(values)
     except ValidationError as error:
-        fault = error.errors()[0]
-        where = ".".join(str(part) for part in fault["loc"])
-        raise DamagedManifestError(f"{path} is damaged at {where!r}: {fault['msg']}; run data_prep.py again") from None
+        raise DamagedManifestError(f"{path} is damaged at {fault_of(error)}; run data_prep.py again") from None
 
 
 def is_dataset(folder: Path) -> bool:

@@ -29,10 +29,13 @@ import xxhash
 from pipeline.data.manifest import BitmapKind, FileInfo, ShardInfo
 from pipeline.errors import UserError
 from pipeline.files import fsync_folder, write_durably
+from pipeline.untrusted import check_regular, shown
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, length of the document index
 FILES_PER_SHARD, OTHER_FILES = 4, 256
+REMEDY = "copy the dataset or run data_prep.py again"
+_BLOCK = 2**22  # sequences looked at together
 DTYPE_CODES = {"uint16": 8, "int32": 4}
 DOCUMENT_DTYPE = np.dtype([("text_bytes", "<i8"), ("source", "<i4"), ("row", "<i8"), ("hash", "<u8", (2,))])
 
@@ -157,10 +160,13 @@ class Shard:
         """Compare file sizes with the manifest and read the index header; `UserError` names file and numbers."""
         for name, wanted in self.info.files.items():
             path = self.folder / name
-            found = path.stat().st_size if path.exists() else None
+            try:
+                found = check_regular(path)
+            except FileNotFoundError:
+                found = None
             if found != wanted.size:
                 state = "is missing" if found is None else f"has {found} bytes"
-                raise UserError(f"{path} {state}, expected {wanted.size}; copy the dataset or run data_prep.py again")
+                raise UserError(f"{path} {state}, expected {wanted.size}; {REMEDY}")
         path = self._path(".idx")
         with path.open("rb") as file:
             head = file.read(HEADER.size)
@@ -168,10 +174,15 @@ class Shard:
         if head != wanted_head:
             raise UserError(f"{path}: bad header, expected {wanted_head!r}, found {head!r}; run data_prep.py again")
 
+    @property
+    def path(self) -> Path:
+        """The file of its ids."""
+        return self._path(".bin")
+
     @cached_property
     def tokens(self) -> Tokens:
-        """(tokens,) ids in the stored dtype, a view of the map."""
-        return np.frombuffer(map_file(self._path(".bin"), shuffled=True), self.dtype)
+        """(tokens,) ids in the stored dtype, a view of the map. They may be outside the vocabulary: see `outside`."""
+        return np.frombuffer(self._map(".bin", self.n_tokens * self.dtype.itemsize, shuffled=True), self.dtype)
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int32]:
@@ -184,10 +195,14 @@ class Shard:
         return np.frombuffer(self._index, "<i8", count=self.n_documents, offset=HEADER.size + 4 * self.n_documents)
 
     @cached_property
+    def sequence_numbers(self) -> Integers:
+        """(documents + 1,) the first sequence of each document, and their number; each document is one sequence."""
+        return np.frombuffer(self._index, "<i8", offset=HEADER.size + 12 * self.n_documents)
+
+    @cached_property
     def documents(self) -> npt.NDArray[Any]:
         """(documents,) records of `DOCUMENT_DTYPE`."""
-        records: npt.NDArray[Any] = np.load(self._path(".docs.npy"), mmap_mode="r", allow_pickle=False)
-        return records
+        return load_array(self._path(".docs.npy"), dtype=DOCUMENT_DTYPE, shape=(self.n_documents,))
 
     @cached_property
     def keep(self) -> npt.NDArray[np.bool_] | None:
@@ -199,16 +214,7 @@ class Shard:
         name = self.info.bitmap(kind)
         if name is None:
             return None
-        path, size = self.folder / name, -(-self.n_documents // 8)
-        try:
-            packed = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise UserError(f"{path} is damaged: {error}; copy the dataset or run data_prep.py again") from None
-        if packed.dtype != np.uint8 or packed.shape != (size,):
-            raise UserError(
-                f"{path}: expected {size} bytes of bits for {self.n_documents} documents, found {packed.dtype} "
-                f"{packed.shape}; copy the dataset or run data_prep.py again"
-            )
+        packed = load_array(self.folder / name, dtype=np.dtype(np.uint8), shape=(-(-self.n_documents // 8),))
         return np.unpackbits(packed, count=self.n_documents).view(np.bool_)
 
     def starts(self, first: int, stop: int) -> Integers:
@@ -223,6 +229,11 @@ class Shard:
     def describe(self, document: int) -> DocumentInfo:
         """Where a document came from and how long it is."""
         record = self.documents[document]
+        if not 0 <= record["source"] < len(self._inputs):
+            raise UserError(
+                f"{self._path('.docs.npy')} is damaged: document {document} is of input {record['source']}, the "
+                f"manifest has {len(self._inputs)}; {REMEDY}"
+            )
         earlier = self.info.continues if record["source"] == self.documents[0]["source"] else 0
         return DocumentInfo(
             source=self._inputs[int(record["source"])],
@@ -233,7 +244,20 @@ class Shard:
 
     @cached_property
     def _index(self) -> mmap.mmap | bytes:
-        return map_file(self._path(".idx"))
+        """The index, in which documents lie end to end: lengths and pointers are proven when first asked for."""
+        n = self.n_documents
+        content = self._map(".idx", HEADER.size + 12 * n + 8 * (n + 1))
+        lengths = np.frombuffer(content, "<i4", count=n, offset=HEADER.size)
+        pointers = np.frombuffer(content, "<i8", count=n, offset=HEADER.size + 4 * n)
+        size = self.n_tokens * self.dtype.itemsize
+        check_sequences(self._path(".idx"), lengths, pointers, itemsize=self.dtype.itemsize, size=size)
+        return content
+
+    def _map(self, suffix: str, size: int, *, shuffled: bool = False) -> mmap.mmap | bytes:
+        content = map_file(self._path(suffix), shuffled=shuffled)
+        if len(content) != size:
+            raise UserError(f"{self._path(suffix)} has {len(content)} bytes, expected {size}; {REMEDY}")
+        return content
 
     def _path(self, suffix: str) -> Path:
         return self.folder / f"{self.info.name}{suffix}"
@@ -244,6 +268,60 @@ def keep_bytes(keep: npt.NDArray[np.bool_]) -> bytes:
     stream = io.BytesIO()
     np.save(stream, np.packbits(keep), allow_pickle=False)
     return stream.getvalue()
+
+
+def load_array(path: Path, *, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """A `.npy` file under a map. Raises `UserError` for one that does not hold just this."""
+    try:
+        check_regular(path)
+        found: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # its header is Python code: what is wrong there raises whatever its parser does
+        raise UserError(f"{path} is damaged: {shown(str(error))}; {REMEDY}") from None
+    if found.dtype != dtype or found.shape != shape:
+        raise UserError(
+            f"{path} is damaged: expected {dtype} {shape}, found {shown(found.dtype)} {shown(found.shape)}; {REMEDY}"
+        )
+    return found
+
+
+def check_sequences(
+    path: Path, all_lengths: npt.NDArray[np.int32], pointers: Integers, *, itemsize: int, size: int
+) -> None:
+    """Prove that sequences lie end to end in `size` bytes of ids. Raises `UserError`, naming the first that does not.
+
+    all_lengths (n,): tokens of each; pointers (n,): its first byte; `path`: the index that says so.
+    """
+    expected = 0
+    for first in range(0, len(all_lengths), _BLOCK):
+        lengths = all_lengths[first : first + _BLOCK].astype(np.int64)
+        if int(lengths.min()) < 0:
+            number = first + int(lengths.argmin())
+            raise UserError(f"{path} is damaged: sequence {number} has {lengths.min()} tokens; {REMEDY}")
+        ends = expected + np.cumsum(lengths) * itemsize
+        starts = ends - lengths * itemsize
+        elsewhere = np.flatnonzero(starts != pointers[first : first + _BLOCK])
+        if len(elsewhere):
+            number = int(elsewhere[0])
+            raise UserError(
+                f"{path}: sequence {first + number} begins at byte {pointers[first + number]}, expected "
+                f"{starts[number]}, where the one before ends; sequences out of order are not read, "
+                "copy the file again or merge the dataset anew"
+            )
+        expected = int(ends[-1])
+        if expected > size:  # also keeps the sums of a damaged index from overflowing
+            break
+    if expected != size:
+        more = " or more" if expected > size else ""
+        raise UserError(f"{path.with_suffix('.bin')} has {size} bytes, its index expects {expected}{more}; {REMEDY}")
+
+
+def outside(ids: Tokens, vocab_size: int) -> int | None:
+    """Place of the first of `ids` (n,) outside the vocabulary; None: there is none. Costs a hundredth of reading."""
+    if not len(ids) or (int(ids.max()) < vocab_size and int(ids.min()) >= 0):
+        return None
+    return int(np.flatnonzero((ids >= vocab_size) | (ids < 0))[0])
 
 
 def map_file(path: Path, *, shuffled: bool = False) -> mmap.mmap | bytes:

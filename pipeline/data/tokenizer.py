@@ -28,6 +28,7 @@ from pipeline.data.manifest import TOKENIZER_NAME, canonical_json
 from pipeline.data.tokenizer_files import RANK_SUFFIX, hub_tokenizer, placed, read_definition
 from pipeline.data.tokenizer_library import build, called, changes_of, encoded, find_eos, id_finder, reaches, serialized
 from pipeline.data.tokenizer_roles import Beside, Role, candidates, read_beside
+from pipeline.data.tokenizer_schema import check_definition
 from pipeline.data.tokenizer_stream import TextStream
 from pipeline.data.tokenizer_training import EOS as EOS
 from pipeline.data.tokenizer_training import Report, byte_definition, character_definition, trained_definition
@@ -82,8 +83,7 @@ class TextTokenizer:
 
         Raises `UserError` for a definition that the library does not understand, and where no token ends documents.
         """
-        if not isinstance(definition, dict) or not isinstance(definition.get("model"), dict):
-            raise UserError(f"{origin} is not a tokenizer.json: it has no 'model'")
+        check_definition(definition, origin=origin)
         original, definition = definition, {**definition, "truncation": None, "padding": None}
         content = serialized(definition, origin=origin)
         tokenizer = build(content, origin=origin)

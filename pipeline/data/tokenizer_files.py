@@ -18,7 +18,9 @@ from typing import Any
 
 from pipeline.data.manifest import TOKENIZER_NAME
 from pipeline.data.tokenizer_roles import BESIDE_NAMES, Beside, read_beside
+from pipeline.data.tokenizer_schema import LARGEST_TOKENIZER
 from pipeline.errors import UserError, nearest
+from pipeline.untrusted import read_regular
 
 HUB_TIMEOUT = 8.0
 """Seconds to wait for the hub to answer once; its own client tries six times and takes half a minute to give up.
@@ -44,7 +46,7 @@ def read_definition(path: Path) -> dict[str, Any]:
     if path.suffix == RANK_SUFFIX:
         return tiktoken_definition(path)
     try:
-        definition = _parsed(path.read_bytes())
+        definition = _parsed(read_regular(path, limit=LARGEST_TOKENIZER))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"cannot read the tokenizer {path}: {error}; wanted a tokenizer.json, or a tiktoken rank file named "
@@ -314,7 +316,7 @@ def byte_symbols() -> Iterator[str]:
 def _read_ranks(path: Path) -> dict[bytes, int]:
     ranks: dict[bytes, int] = {}
     try:
-        lines = path.read_bytes().splitlines()
+        lines = read_regular(path, limit=LARGEST_TOKENIZER).splitlines()
     except OSError as error:
         raise UserError(f"cannot read the tokenizer {path}: {error.strerror or error}") from None
     for number, line in enumerate(lines, start=1):

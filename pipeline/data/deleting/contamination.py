@@ -30,6 +30,7 @@ from pipeline.data.manifest import TOKENIZER_NAME, Contamination, Manifest, Shar
 from pipeline.data.reading.corpus import check_text_key, find_corpus, read_unit
 from pipeline.data.reading.formats import Document, Source, TextRules
 from pipeline.data.reading.plan import plan_units
+from pipeline.data.shards import REMEDY, outside
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.data.tokenizer_files import byte_symbols
 from pipeline.errors import UserError
@@ -155,6 +156,7 @@ class _Task:
     info: ShardInfo
     dtype: str
     index: Path
+    vocab_size: int
     eos_id: int
 
 
@@ -168,7 +170,7 @@ def _search(
     try:
         index.save(path)
         tasks = [
-            (info.text_bytes, _Task(folder, info, manifest.dtype, path, manifest.eos_id))
+            (info.text_bytes, _Task(folder, info, manifest.dtype, path, manifest.vocab_size, manifest.eos_id))
             for info in manifest.splits.get("train", ())
         ]
         size = sum(size for size, _ in tasks)
@@ -187,7 +189,11 @@ def _search_shard(task: _Task) -> Pairs:
     while first < len(ends):
         start = int(ends[first]) - int(shard.lengths[first])
         last = max(int(np.searchsorted(ends, start + _BLOCK_TOKENS, side="right")), first + 1)
-        texts = list(decoder.texts(shard.tokens[start : ends[last - 1]], ends[first:last] - start))
+        ids = shard.tokens[start : ends[last - 1]]
+        place = outside(ids, task.vocab_size)
+        if place is not None:
+            raise UserError(f"{shard.path}: id {ids[place]} is outside the vocabulary of {task.vocab_size}; {REMEDY}")
+        texts = list(decoder.texts(ids, ends[first:last] - start))
         suspects = index.sieve.suspects(texts)
         if suspects:
             found.append(_search_texts(index, [texts[number] for number in suspects], np.array(suspects) + first))

@@ -31,7 +31,7 @@ from pipeline.data.deleting.deletion import Bits, counts, delete_documents, open
 from pipeline.data.deleting.each import run_each
 from pipeline.data.deleting.minhash import BINS, has_ngrams, signature_path, write_signatures
 from pipeline.data.manifest import Counts, Deduplication, Manifest, ShardInfo, read_manifest
-from pipeline.data.shards import Shard
+from pipeline.data.shards import Shard, load_array
 from pipeline.errors import UserError
 
 Method = Literal["exact", "near", "none"]
@@ -154,7 +154,8 @@ class _Documents:
         for number, info in enumerate(self.infos):
             low, high = edges[number], edges[number + 1]
             if low < high:
-                stored = np.load(signature_path(self.folder, info), mmap_mode="r", allow_pickle=False)
+                shape = (info.documents, BINS)
+                stored = load_array(signature_path(self.folder, info), dtype=np.dtype(np.uint16), shape=shape)
                 yield slice(low, high), stored[documents[low:high] - self.starts[number]]
 
     def by_shard(self, chosen: Bits) -> dict[str, Bits]:

@@ -32,7 +32,8 @@ def export_llmc(folder: Path, output: Path, *, split: SplitName, shard_tokens: i
     last one first, so that both hold. No token is added, lost or changed; deleted documents are left out. Shards
     differ by at most one token in size and cut documents, as theirs do. They appear when all are written.
 
-    Raises `UserError` for an empty split, and for an output that holds such shards already or has too little space.
+    Raises `UserError` for an empty split, an id outside the vocabulary, and for an output that holds such shards
+    already or has too little space.
     """
     dataset = open_dataset(folder)
     tokens = dataset.split(split)
@@ -83,9 +84,9 @@ def _write(path: Path, tokens: TokenSplit, *, start: int, stop: int, key: tuple[
     with naming(path), path.open("wb") as file:
         file.write(header.tobytes())
         if start == 0:
-            file.write(tokens.tokens(tokens.n_tokens - 1, tokens.n_tokens).astype(LLMC_DTYPES[key]).tobytes())
+            file.write(tokens.checked_tokens(tokens.n_tokens - 1, tokens.n_tokens).astype(LLMC_DTYPES[key]).tobytes())
         for first in range(max(start - 1, 0), stop - 1, _BLOCK):
-            ids = tokens.tokens(first, min(first + _BLOCK, stop - 1))
+            ids = tokens.checked_tokens(first, min(first + _BLOCK, stop - 1))
             file.write(ids.astype(LLMC_DTYPES[key]).tobytes())
         file.flush()
         os.fsync(file.fileno())

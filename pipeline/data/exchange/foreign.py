@@ -20,7 +20,7 @@ import numpy.typing as npt
 from pipeline.data.dataset import Dataset, TokenSplit
 from pipeline.data.exchange.foreign_files import DtypeName, Integers, TokenFile, Tokens, find_files, open_file
 from pipeline.data.manifest import SplitName, digest_of
-from pipeline.data.shards import DocumentInfo
+from pipeline.data.shards import DocumentInfo, outside
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer, needs_corpus
 from pipeline.errors import UserError
 
@@ -87,6 +87,11 @@ class ForeignPart:
         self.file, self.start, self.stop = file, start, stop
         self.n_tokens = stop - start
         self._counter = counter
+
+    @property
+    def path(self) -> Path:
+        """The file of its ids."""
+        return self.file.path
 
     @cached_property
     def tokens(self) -> Tokens:
@@ -194,8 +199,8 @@ def _is_byte_level(decoder: dict[str, Any] | None) -> bool:
 
 def check_ids(ids: Tokens, file: TokenFile, *, first: int, vocab_size: int, tokenizer: str) -> None:
     """Refuse ids outside the vocabulary; `first` is the place of `ids[0]` in the file."""
-    if len(ids) and (int(ids.max()) >= vocab_size or int(ids.min()) < 0):
-        place = int(np.flatnonzero((ids >= vocab_size) | (ids < 0))[0])
+    place = outside(ids, vocab_size)
+    if place is not None:
         byte = file.offset + (first + place) * file.dtype.itemsize
         raise UserError(
             f"{file.path}: id {ids[place]} of token {first + place} (byte {byte}) is outside the vocabulary of "
@@ -250,7 +255,7 @@ def _split(files: Sequence[TokenFile], counter: TextCounter, *, start: int = 0, 
         parts,
         text_bytes=lambda: counter.total(parts),
         dtype=files[0].seen_dtype,
-        unproven=counter.tokenizer.vocab_size,
+        vocab_size=counter.tokenizer.vocab_size,
     )
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.data.manifest import MANIFEST_NAME
-from pipeline.data.shards import HEADER, MAGIC, map_file
+from pipeline.data.shards import HEADER, MAGIC, check_sequences, map_file
 from pipeline.errors import UserError, nearest
 
 DtypeName = Literal["uint16", "int32", "uint32"]
@@ -53,7 +53,7 @@ class MegatronIndex:
         self.lengths = np.frombuffer(self.content, "<i4", count=sequences, offset=HEADER.size)
         self.pointers = np.frombuffer(self.content, "<i8", count=sequences, offset=HEADER.size + 4 * sequences)
         self.documents = np.frombuffer(self.content, "<i8", count=entries, offset=HEADER.size + 12 * sequences)
-        self._check_sequences(size)
+        check_sequences(path, self.lengths, self.pointers, itemsize=self.dtype.itemsize, size=size)
         self._check_documents()
 
     def edges(self, documents: Integers) -> Integers:
@@ -85,38 +85,10 @@ class MegatronIndex:
             raise UserError(f"{self.path} holds no documents")
         return MEGATRON_DTYPES[code], sequences, entries
 
-    def _check_sequences(self, size: int) -> None:
-        itemsize, expected = self.dtype.itemsize, 0
-        for first in range(0, len(self.lengths), _BLOCK):
-            lengths = self.lengths[first : first + _BLOCK].astype(np.int64)
-            if int(lengths.min()) < 0:
-                number = first + int(lengths.argmin())
-                raise UserError(f"{self.path} is damaged: sequence {number} has {lengths.min()} tokens; copy it again")
-            ends = expected + np.cumsum(lengths) * itemsize
-            starts = ends - lengths * itemsize
-            elsewhere = np.flatnonzero(starts != self.pointers[first : first + _BLOCK])
-            if len(elsewhere):
-                number = int(elsewhere[0])
-                raise UserError(
-                    f"{self.path}: sequence {first + number} begins at byte {self.pointers[first + number]}, expected "
-                    f"{starts[number]}, where the one before ends; sequences out of order are not read, "
-                    "copy the file again or merge the dataset anew"
-                )
-            expected = int(ends[-1])
-            if expected > size:  # also keeps the sums of a damaged index from overflowing
-                break
-        if expected != size:
-            more = " or more" if expected > size else ""
-            raise UserError(
-                f"{self.path.with_suffix('.bin')} has {size} bytes, its index expects {expected}{more}; copy it again"
-            )
-
     def _check_documents(self) -> None:
         n = len(self.lengths)
-        rises = all(
-            bool((np.diff(self.documents[first : first + _BLOCK + 1]) >= 0).all())
-            for first in range(0, len(self.documents), _BLOCK)
-        )
+        blocks = (self.documents[first : first + _BLOCK + 1] for first in range(0, len(self.documents), _BLOCK))
+        rises = all(bool((block[1:] >= block[:-1]).all()) for block in blocks)  # differences could overflow
         if len(self.documents) < 2 or self.documents[0] != 0 or self.documents[-1] != n or not rises:
             found = f"{self.documents[0]} to {self.documents[-1]}" if len(self.documents) else "nothing"
             raise UserError(

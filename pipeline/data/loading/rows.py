@@ -19,7 +19,6 @@ from pipeline.data.dataset import TokenSplit
 from pipeline.data.loading.packing import pack_shapes
 from pipeline.data.order import Indices, mix_keys, permute
 from pipeline.data.shards import DocumentInfo
-from pipeline.errors import UserError
 
 IGNORED = -100  # as a label: nothing to predict here
 PADDING = -1  # as a document: none
@@ -112,7 +111,7 @@ class Plan(Protocol):
     def read(self, rows: Indices, epochs: Indices, *, documents: bool) -> Rows:
         """Rows number `rows` of `epochs`, both (B,). `documents`: also tell which document each position is of.
 
-        Errors: an id outside the vocabulary, in a split whose ids were not all looked at before.
+        Errors: an id outside the vocabulary.
         """
 
     def spans(self, row: int, epoch: int) -> list[Span]:
@@ -262,22 +261,13 @@ def _in_vocabulary(read: Rows, plan: Plan, *, numbers: Indices, epochs: Indices)
 
     Costs a hundredth of reading.
     """
-    size = plan.split.unproven
-    if size is None:
-        return read
+    size = plan.split.vocab_size
     tokens = read.tokens.view(np.uint64)  # in which negative ids are large; labels may be -100, and most are tokens too
-    if tokens.max() < size and read.labels.max() < size and read.labels.min() >= IGNORED:
+    if not tokens.size or (tokens.max() < size and read.labels.max() < size and read.labels.min() >= IGNORED):
         return read
     for row, epoch in zip(numbers.tolist(), epochs.tolist(), strict=True):
         for span in plan.spans(row, epoch):
-            ids = plan.split.tokens(span.start, span.start + span.length + 1)
-            for place in np.flatnonzero((ids < 0) | (ids >= size))[:1].tolist():
-                token = span.start + place
-                info = plan.split.describe(int(plan.split.document_of(token, token + 1)[0]))
-                raise UserError(
-                    f"{info.source}: id {ids[place]} in document {info.row} is outside the vocabulary of {size} "
-                    "tokens: another tokenizer made the file, or it is damaged; name that tokenizer or copy it again"
-                )
+            plan.split.checked_tokens(span.start, span.start + span.length + 1)
     raise AssertionError("rows hold an id that their spans do not")
 
 

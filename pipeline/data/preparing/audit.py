@@ -45,12 +45,14 @@ def verify(path: str | Path) -> str:
         for info in infos:
             shard = open_shard(folder, info, dtype=manifest.dtype)
             findings += _check_files(shard)
-            faults = _check_boundaries(shard)
-            if not faults:
+            try:
+                _check_boundaries(shard)
                 faults, last = _check_order(shard, last, inputs=len(manifest.inputs))
-                faults += [*_check_bitmaps(shard), *_check_ids(shard, manifest)]
-                faults += _check_texts(shard, tokenizer, incomparable)
-            findings += faults
+                faults += _check_bitmaps(shard)
+                ids = list(_check_ids(shard, manifest))
+                findings += [*faults, *ids, *([] if ids else _check_texts(shard, tokenizer, incomparable))]
+            except UserError as error:  # what reads a file has found it damaged
+                findings.append(str(error))
     inputs = compare_inputs(folder, manifest) if not findings else InputState()
     if findings or inputs.changed:
         state = "is damaged" if findings else "is whole, but not made of what its inputs are now"
@@ -86,19 +88,11 @@ def _check_files(shard: Shard) -> Iterator[str]:
             yield f"{name}: expected checksum {wanted.checksum}, found {checksum.hexdigest()}"
 
 
-def _check_boundaries(shard: Shard) -> list[str]:
-    """Pointers must be the running sum of lengths and end at the file's end."""
-    ends = np.cumsum(shard.lengths, dtype=np.int64)
-    expected = np.concatenate(([0], ends[:-1])) * shard.dtype.itemsize
-    if not np.array_equal(expected, shard.pointers) or int(ends[-1]) != len(shard.tokens):
-        return [f"{shard.info.name}.idx: documents do not lie end to end in the {len(shard.tokens)} tokens of .bin"]
-    try:
-        records = len(shard.documents)
-    except ValueError as error:
-        return [f"{shard.info.name}.docs.npy: {error}"]
-    if records != shard.info.documents:
-        return [f"{shard.info.name}.docs.npy: expected {counted(shard.info.documents, 'record')}, found {records}"]
-    return []
+def _check_boundaries(shard: Shard) -> None:
+    """Raise `UserError` for an index or records that are not of these documents; other tools read all of the index."""
+    n = shard.info.documents
+    if not np.array_equal(shard.sequence_numbers, np.arange(n + 1)) or len(shard.lengths) != len(shard.documents):
+        raise UserError(f"{shard.info.name}.idx: expected one sequence a document, 0 to {n}")
 
 
 def _check_order(shard: Shard, last: tuple[int, int], *, inputs: int) -> tuple[list[str], tuple[int, int]]:
@@ -114,8 +108,9 @@ def _check_order(shard: Shard, last: tuple[int, int], *, inputs: int) -> tuple[l
             f"{shard.info.name}, document {place}: input {sources[place]}, row {rows[place]} stands after input "
             f"{before[0][place]}, row {before[1][place]}"
         )
-    if int(sources.max()) >= inputs:
-        faults.append(f"{shard.info.name}.docs.npy: input {int(sources.max())} named, the manifest has {inputs}")
+    unknown = sources[(sources < 0) | (sources >= inputs)]
+    if len(unknown):
+        faults.append(f"{shard.info.name}.docs.npy: input {int(unknown[0])} named, the manifest has {inputs}")
     return faults, (int(sources[-1]), int(rows[-1]))
 
 

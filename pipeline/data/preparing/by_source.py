@@ -98,5 +98,5 @@ def excerpts(
     starts = np.cumsum(split.lengths, dtype=np.int64) - split.lengths
     for document in sorted(chosen):
         start, info = int(starts[document]), split.describe(document)
-        text = tokenizer.decode(split.tokens(start, start + min(info.tokens - 1, EXCERPT_TOKENS)).tolist())
+        text = tokenizer.decode(split.checked_tokens(start, start + min(info.tokens - 1, EXCERPT_TOKENS)).tolist())
         yield f"  document {document} ({info.source}, row {info.row}, {counted(info.tokens, 'token')}): {text!r}"

@@ -16,11 +16,12 @@ import numpy as np
 import xxhash
 
 from pipeline.data.deleting.deletion import open_shard
-from pipeline.data.manifest import SPLITS, InputInfo, Manifest, SplitName
+from pipeline.data.manifest import MANIFEST_NAME, SPLITS, InputInfo, Manifest, SplitName
 from pipeline.data.reading.corpus import find_corpus, read_unit
 from pipeline.data.reading.formats import Document, Source, TextRules
 from pipeline.data.reading.plan import Unit, cut_stream, plan_units
 from pipeline.errors import UserError
+from pipeline.untrusted import check
 
 
 @dataclass
@@ -81,8 +82,8 @@ def _rules_of(manifest: Manifest) -> TextRules | None:
     settings = manifest.settings
     if not settings.keys() >= {"text_key", "text_separator", *wanted}:
         return None
-    rest = {name: settings[name] for name in wanted}
-    return TextRules(key=settings["text_key"], separator=settings["text_separator"], **rest)
+    rules = {"key": settings["text_key"], "separator": settings["text_separator"]}
+    return check(TextRules, rules | {name: settings[name] for name in wanted}, origin=f"{MANIFEST_NAME}: settings")
 
 
 def _documents(source: Source, rules: TextRules) -> Iterator[tuple[int, bytes]]:

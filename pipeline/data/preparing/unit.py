@@ -34,6 +34,7 @@ from pipeline.data.shards import DOCUMENT_DTYPE, ShardWriter
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError
 from pipeline.files import write_durably
+from pipeline.untrusted import FileName
 
 BATCH_BYTES = 2**19
 """Text encoded at once: its ids stay in a processor's cache while they are checked, converted and written."""
@@ -99,7 +100,7 @@ class UnitReport(BaseModel):
     drops: dict[str, int]
     examples: tuple[Rejected, ...]
     noticed: dict[str, int]
-    quarantine: str | None
+    quarantine: FileName | None
     lowest_draw: int
     failed: tuple[str, ...] = ()
     mismatch: str | None = None

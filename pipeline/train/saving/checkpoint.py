@@ -25,6 +25,7 @@ from pipeline.cli import config_from_values
 from pipeline.config import Config
 from pipeline.errors import UserError, nearest
 from pipeline.model.transformer import Decoder, build_model, check_size
+from pipeline.train.saving.manifest import read_manifest
 from pipeline.train.saving.pieces import Piece, StoredTensor, check_fit, read_headers, read_tensor
 from pipeline.train.saving.storage import (
     MANIFEST,
@@ -37,7 +38,6 @@ from pipeline.train.saving.storage import (
     locate,
     names_a_checkpoint,
     read_bytes,
-    read_manifest,
     size_of,
 )
 from pipeline.train.state import FORMAT, TrainState

@@ -34,6 +34,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from pipeline.errors import UserError, sized
+from pipeline.train.saving.manifest import manifest_of
 from pipeline.train.saving.pieces import (
     BLOCK,
     SUFFIX,
@@ -49,7 +50,6 @@ from pipeline.train.saving.storage import (
     Location,
     Shelf,
     fingerprint,
-    manifest_of,
     size_of,
     write_bytes,
     writing,

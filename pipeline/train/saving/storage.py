@@ -15,7 +15,6 @@ complete checkpoints, told apart from those that are not.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -28,21 +27,12 @@ from pathlib import Path
 from typing import IO, Any
 
 import xxhash
-from pydantic import BaseModel, ConfigDict
 from typing_extensions import override
 
 from pipeline.credentials import is_masked, mask
 from pipeline.errors import UserError, sized
 from pipeline.files import fsync_folder
-from pipeline.untrusted import (
-    LARGEST_JSON,
-    DamagedFileError,
-    Natural,
-    RelativePath,
-    check_regular,
-    parse_json,
-    read_regular,
-)
+from pipeline.untrusted import LARGEST_JSON, check_regular, read_regular
 
 MANIFEST = "manifest.json"
 DAMAGED_MANIFEST = "manifest.damaged.json"
@@ -194,39 +184,6 @@ def fingerprint(file: Location) -> dict[str, int | str]:
             digest.update(block)
             size += len(block)
     return {"bytes": size, "xxh3_128": digest.hexdigest()}
-
-
-def manifest_of(files: dict[str, dict[str, int | str]], *, version: int) -> bytes:
-    """The content of manifest.json: every file's size and checksum, and a checksum of all that."""
-    values = {"format": version, "files": dict(sorted(files.items()))}
-    digest = xxhash.xxh3_128_hexdigest(json.dumps(values).encode())
-    return json.dumps({**values, "xxh3_128": digest}, indent=2).encode() + b"\n"
-
-
-class _FileEntry(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    bytes: Natural
-    xxh3_128: str
-
-
-class _Manifest(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format: Natural
-    files: dict[RelativePath, _FileEntry]
-    xxh3_128: str
-
-
-def read_manifest(checkpoint: Location) -> dict[str, dict[str, int | str]]:
-    """{name: size and checksum}. Raises OSError, and `DamagedFileError` for anything but what `manifest_of` wrote."""
-    path = checkpoint / MANIFEST
-    content = read_bytes(path)
-    manifest = parse_json(_Manifest, content, origin=path)
-    files: dict[str, dict[str, int | str]] = {name: entry.model_dump() for name, entry in manifest.files.items()}
-    if content != manifest_of(files, version=manifest.format):
-        raise DamagedFileError(f"{path} is not as it was written")
-    return files
 
 
 def _forget_pages(descriptor: int) -> None:
