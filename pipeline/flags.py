@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 from pipeline.errors import UserError
 from pipeline.names import meant
 from pipeline.section import FIELDS_ONLY, Clash, Section
-from pipeline.untrusted import shown
+from pipeline.untrusted import shown, shown_key
 
 Values = dict[str, Any]
 Path = tuple[str, ...]
@@ -217,7 +217,7 @@ def checked(
     names = names or {}
     bad = _bad_values(schema, values)
     faulty = {path[:2] for path in bad}
-    found = [*faults, *(f"{names.get(path, '.'.join(path))}: {text}" for path, text in bad.items())]
+    found = [*faults, *(f"{names.get(path, '.'.join(map(shown_key, path)))}: {text}" for path, text in bad.items())]
     found += [clash.text for clash in _clashes(schema, _without(values, faulty)) if not faulty & _depends_on(clash)]
     if found:
         count = "1 fault" if len(found) == 1 else f"{len(found)} faults"

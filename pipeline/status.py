@@ -11,18 +11,18 @@ the run again. A killed run leaves "running" behind: its lock and its heartbeat 
 from __future__ import annotations
 
 import argparse
-import json
 import socket
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict
 
 from pipeline.credentials import mask
 from pipeline.errors import EXIT_USER_ERROR, UserError, duration, run_command
 from pipeline.files import write_durably
 from pipeline.locks import LOCK_NAME, holder, look
+from pipeline.untrusted import read_json
 
 NAME = "status.json"
 KILLED = 137  # 128 + SIGKILL, as shells report it
@@ -58,11 +58,9 @@ def read_status(run_dir: Path) -> Status:
     """The run's status. Raises `UserError` if there is none, or if it is not one."""
     path = run_dir / NAME
     try:
-        return Status.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        return read_json(Status, path)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"no {path}: {run_dir} is no run folder, or its run never began") from None
-    except (ValidationError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
 
 
 def is_alive(run_dir: Path, status: Status) -> bool:

@@ -89,7 +89,7 @@ def parse_json(schema: type[T], content: bytes, *, origin: object) -> T:
     try:
         values = from_json(content, allow_inf_nan=False)  # bounds nesting and digits
     except ValueError as error:
-        raise DamagedFileError(f"{origin} cannot be read: it is not valid JSON, {error}") from None
+        raise DamagedFileError(f"{origin} cannot be read: it is not JSON, {error}") from None
     return check(schema, values, origin=origin)
 
 
@@ -104,9 +104,15 @@ def check(schema: type[T], values: Any, *, origin: object) -> T:
 def fault_of(error: ValidationError) -> str:
     """The first fault that pydantic found: where, what was expected, what was found."""
     fault = error.errors(include_url=False)[0]
-    where = ".".join(str(part) if str(part).isidentifier() else shown(part) for part in fault["loc"])
+    where = ".".join(map(shown_key, fault["loc"]))
     found = "" if fault["type"] in ("missing", "value_error") else f", got {shown(fault['input'])}"
     return f"{where + ': ' if where else ''}{fault['msg'].removeprefix('Value error, ')}{found}"
+
+
+def shown_key(key: object) -> str:
+    """A key in a message: as it is, where that can be read."""
+    text = str(key)
+    return text if text.isprintable() and len(text) <= _SHOWN else shown(text)
 
 
 def shown(value: object) -> str:

@@ -155,7 +155,7 @@ def _rank(arguments: list[str], before: Callable[[], None] | None, main: Callabl
     agent = os.getppid()
     if before is not None:
         before()
-    _main(arguments, main)
+    run_main(arguments, main)
     threading.Thread(target=_end_with, args=(agent,), daemon=True).start()
 
 
@@ -178,7 +178,7 @@ def _pretrain(arguments: list[str], sender: Any, before: Callable[[], None] | No
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            _main(arguments)
+            run_main(arguments)
     finally:
         sender.send(printed.getvalue())
 
@@ -187,10 +187,11 @@ def _pretrain_into(arguments: list[str], output: str, before: Callable[[], None]
     _print_into(output)
     if before is not None:
         before()
-    _main(arguments)
+    run_main(arguments)
 
 
-def _main(arguments: list[str], main: Callable[[Job], None] = pretrain.main) -> None:
+def run_main(arguments: list[str], main: Callable[[Job], None] = pretrain.main) -> None:
+    """Be pretrain.py, in a process of its own."""
     torch.set_num_threads(1)
     sys.argv = ["pretrain.py", *arguments]
     run_job(main)

@@ -587,7 +587,7 @@ def test_the_precision_is_the_one_that_a_run_goes_on_with() -> None:
 def test_a_state_of_another_format_or_a_torn_one_is_named(tmp_path: Path) -> None:
     for content, message in (
         ('{"format": 1, "rows": 3}', "has format 1, this version reads 3"),
-        ('{"for', "not valid JSON"),
+        ('{"for', "it is not JSON"),
     ):
         (tmp_path / "state.json").write_text(content)
         with pytest.raises(UserError, match=message):

@@ -28,6 +28,7 @@ from pipeline.files import naming, write_durably
 from pipeline.model.transformer import Decoder, flops_per_token
 from pipeline.ramp import Ramp
 from pipeline.train.runtime import Runtime
+from pipeline.untrusted import LARGEST_JSON, read_regular
 
 # Dense bf16 (fp16) peak in TFLOP/s, from the vendors' data sheets; sparsity figures are twice these.
 # A name counts where it stands as whole words; laptop chips and slices of a GPU (MIG) have other figures.
@@ -181,7 +182,8 @@ def read_record(path: Path) -> list[dict[str, Any]]:
 
     Raises `UserError` naming file and line for anything else that `Record.write` did not write.
     """
-    lines = path.read_bytes().removesuffix(b"\n").split(b"\n") if path.stat().st_size else []
+    content = read_regular(path, limit=LARGEST_JSON).removesuffix(b"\n")
+    lines = content.split(b"\n") if content else []
     parsed = []
     for number, line in enumerate(lines, start=1):
         try:

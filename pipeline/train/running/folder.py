@@ -5,7 +5,6 @@ In: a path. Out: a `RunFolder`, held against other processes; environment.json; 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -14,11 +13,12 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from pipeline.errors import UserError
 from pipeline.files import write_durably
 from pipeline.locks import locked
+from pipeline.untrusted import DamagedFileError, read_json
 
 ENVIRONMENT = "environment.json"
 
@@ -120,14 +120,11 @@ class RunFolder:
         path, inode = self.path / ENVIRONMENT, self.path.stat().st_ino
         new = Environment(run_id=uuid4().hex[:12], folder_inode=inode, starts=())
         try:
-            found = Environment.model_validate(json.loads(path.read_text(encoding="utf-8")))
+            found = read_json(Environment, path)
         except FileNotFoundError:
             return new
-        except (ValueError, RecursionError) as error:
-            reason = _first(error) if isinstance(error, ValidationError) else error
-            raise UserError(
-                f"{path} cannot be read ({reason}); restore it, or move it away: the run then gets a new wandb id"
-            ) from None
+        except DamagedFileError as error:
+            raise UserError(f"{error}; restore it, or move it away: the run then gets a new wandb id") from None
         if found.folder_inode not in (None, inode):
             say(f"{self.path} is a copy of another run's folder: wandb shows it as a run of its own, {new.run_id}")
             return new.model_copy(update={"starts": found.starts})
@@ -139,8 +136,3 @@ class RunFolder:
         starts = (*before.starts, Start(from_step=from_step, started=started, **about))
         content = before.model_copy(update={"starts": starts}).model_dump_json(indent=2)
         write_durably(self.path / ENVIRONMENT, content.encode() + b"\n")
-
-
-def _first(error: ValidationError) -> str:
-    fault = error.errors()[0]
-    return f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
