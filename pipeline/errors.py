@@ -24,6 +24,7 @@ EXIT_UNFINISHED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 EXIT_HUNG = 124  # as timeout(1) has it
+LONGEST_LINE = 2000  # characters of a message
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again to go on
 
 
@@ -103,9 +104,17 @@ def tell(error: BaseException) -> int | None:
 
 
 def verdict(error: BaseException) -> tuple[int | None, str]:
-    """Exit code and message of an error, without credentials; (None, "") where a traceback is due."""
+    """Exit code and message of an error; (None, "") where a traceback is due.
+
+    Whatever a message quotes, it holds no credentials, no control characters and no endless lines.
+    """
     code, message = _verdict(error)
-    return code, mask(message)
+    return code, "\n".join(map(_readable, mask(message).split("\n")))
+
+
+def _readable(line: str) -> str:
+    cut = line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..."
+    return cut if cut.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
 
 
 def _verdict(error: BaseException) -> tuple[int | None, str]:

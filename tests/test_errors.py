@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.errors import counted, nearest, sized
+from pipeline.errors import UserError, counted, nearest, sized, verdict
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,11 @@ def test_one_is_not_counted_in_plurals() -> None:
 def test_the_nearest_name_is_offered_where_one_is_near() -> None:
     assert "'steps'" in nearest("stesp", ["steps", "seed"])
     assert "'" not in nearest("entirely different", ["steps", "seed"])
+
+
+def test_messages_show_what_they_quote_without_its_control_characters() -> None:
+    code, message = verdict(UserError("no \x1b[2Jfile \udcff\0 é\n  " + "x" * 10**6))
+    assert code == 2
+    first, second = message.split("\n")
+    assert first == r"error: no \x1b[2Jfile \udcff\x00 é"
+    assert len(second) < 3000
