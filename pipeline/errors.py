@@ -109,10 +109,11 @@ def verdict(error: BaseException) -> tuple[int | None, str]:
     Whatever a message quotes, it holds no credentials, no control characters and no endless lines.
     """
     code, message = _verdict(error)
-    return code, "\n".join(map(_readable, mask(message).split("\n")))
+    return code, "\n".join(map(readable, mask(message).split("\n")))
 
 
-def _readable(line: str) -> str:
+def readable(line: str) -> str:
+    """A line that quotes what somebody else wrote: without control characters, and cut where it has no end."""
     cut = line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..."
     return cut if cut.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
 

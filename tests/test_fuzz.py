@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -31,10 +30,10 @@ def test_no_damaged_file_ends_in_anything_but_success_or_one_message() -> None:
     assert "'read'" in found.stdout
 
 
-def test_the_fuzzer_sees_tracebacks_deaths_and_what_is_written_outside(
+def test_the_fuzzer_sees_tracebacks_deaths_and_what_leaves_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def commands(folder: Path, rng: random.Random) -> Iterator[Command]:
+    def commands(folder: Path, *_: object) -> Iterator[Command]:
         yield lambda: None
         yield lambda: [][1]
         yield lambda: (folder.parent / "victim" / "more").touch()
@@ -46,5 +45,5 @@ def test_the_fuzzer_sees_tracebacks_deaths_and_what_is_written_outside(
     assert "IndexError" in result["faults"][0]
     assert "wrote outside of its folder: ['file', 'more']" in result["faults"][1]
     shutil.rmtree(tmp_path / "case")
-    monkeypatch.setitem(KINDS, "config", lambda folder, rng: iter([lambda: os.kill(os.getpid(), signal.SIGKILL)]))
+    monkeypatch.setitem(KINDS, "config", lambda *_: iter([lambda: os.kill(os.getpid(), signal.SIGKILL)]))
     assert try_one(tmp_path / "config", tmp_path / "case", kind="config", seed=1)["faults"] == ["ended with status 9"]

@@ -145,6 +145,12 @@ def test_entries_of_wrong_types_in_a_manifest_are_named(key: str, value: Any, fo
         read_manifest(folder)
 
 
+def test_what_a_manifest_says_reaches_the_terminal_without_control_characters(folder: Path) -> None:
+    edit_manifest(folder, lambda values: values.update(split_rule="\x1b[2J", settings={"a": "\x1b]0;title\x07"}))
+    assert r"split: \x1b[2J" in inspect(folder)
+    assert all(line.isprintable() for line in inspect(folder).splitlines())
+
+
 def test_a_shard_twice_is_refused(folder: Path) -> None:
     edit_manifest(folder, lambda values: values["splits"]["train"].append(values["splits"]["train"][0]))
     with pytest.raises(UserError, match="got one twice"):

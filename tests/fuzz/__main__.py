@@ -78,17 +78,17 @@ def try_one(sample: Path, place: Path, *, kind: str, seed: int) -> dict[str, Any
     (place / "victim").mkdir()
     (place / "victim" / "file").write_text("untouched")
     done = damage(place / kind, rng)
-    result = _in_child(lambda: run(kind, place / kind, rng), limit=SECONDS)
+    result = _in_child(lambda: run(kind, place / kind, rng, list(done)), limit=SECONDS)
     kept = sorted(path.name for path in (place / "victim").iterdir())
     if kept != ["file"] or (place / "victim" / "file").read_text() != "untouched":
         result["faults"].append(f"wrote outside of its folder: {kept}")
-    return {**result, "done": done}
+    return {**result, "done": "; ".join(f"{path.relative_to(place)}: {what}" for path, what in done.items())}
 
 
-def run(kind: str, folder: Path, rng: random.Random) -> dict[str, Any]:
+def run(kind: str, folder: Path, rng: random.Random, changed: list[Path]) -> dict[str, Any]:
     """Faults and outcomes of all commands."""
     faults, outcomes = [], []
-    for command in KINDS[kind](folder, rng):
+    for command in KINDS[kind](folder, rng, changed):
         try:
             command()
             outcomes.append("read")

@@ -1,14 +1,14 @@
 """What the commands do with files, without their command lines: every way in which each kind is read.
 
-In: a folder of one kind. Out: nothing, or the error that a user would meet. Each function yields between the commands
-that it stands for, so that one that is refused does not hide the next.
+In: a folder of one kind and the files in it that were changed. Out: nothing, or the error that a user would meet. Each
+function yields the commands that read such a folder one by one, so that one that is refused does not hide the next.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ QUIET = Console(quiet=True)
 OPTIONS = Options(max_new_tokens=4)
 
 
-def dataset(folder: Path, rng: random.Random) -> Iterator[Command]:
+def dataset(folder: Path, rng: random.Random, changed: Collection[Path]) -> Iterator[Command]:
     data = folder / "data"
     if rng.random() < 0.5:
         sign_dataset(data)
@@ -64,6 +64,10 @@ def dataset(folder: Path, rng: random.Random) -> Iterator[Command]:
     yield lambda: deduplicate(data, method="exact", executor=None, console=QUIET)
     files = [folder / "questions.jsonl"]
     yield lambda: check_contamination(data, files, delete=True, text_key="text", executor=None, console=QUIET)
+    request = Request(inputs=(str(folder / "data.jsonl"),), output=data, tokenizer="train:300", val_fraction=0.2)
+    yield lambda: prepare(request, console=QUIET)
+    yield lambda: (data / "manifest.json").unlink(missing_ok=True)  # as if it had been interrupted
+    yield lambda: prepare(request, console=QUIET)
 
 
 def read_rows(data: Dataset) -> None:
@@ -80,7 +84,7 @@ def read_rows(data: Dataset) -> None:
         int(split.text_bytes)
 
 
-def checkpoint(folder: Path, rng: random.Random) -> Iterator[Command]:
+def checkpoint(folder: Path, rng: random.Random, changed: Collection[Path]) -> Iterator[Command]:
     run = folder / "run"
     if rng.random() < 0.7:
         for each in (run / "checkpoints").iterdir():
@@ -129,27 +133,27 @@ def records(run: Path) -> None:
     Record(run / "metrics.jsonl").cut_after(3, evaluated=False)
 
 
-def hf(folder: Path, rng: random.Random) -> Iterator[Command]:
-    yield lambda: generate(str(folder / "gpt2"))
-    yield lambda: generate(str(folder / "llama"))
+def hf(folder: Path, rng: random.Random, changed: Collection[Path]) -> Iterator[Command]:
+    for path in {path.parent for path in changed}:
+        yield lambda path=path: generate(str(path))
 
 
-def foreign(folder: Path, rng: random.Random) -> Iterator[Command]:
+def foreign(folder: Path, rng: random.Random, changed: Collection[Path]) -> Iterator[Command]:
     tokenizer = str(folder / "tokenizer.json")
     yield lambda: read_rows(open_foreign(str(folder / "megatron"), tokenizer=tokenizer, val_fraction=0.2))
     yield lambda: read_rows(open_foreign(str(folder / "llmc.bin"), tokenizer=tokenizer))
     yield lambda: read_rows(open_foreign(str(folder / "nano"), tokenizer=tokenizer, dtype="uint16"))
 
 
-def corpus(folder: Path, rng: random.Random) -> Iterator[Command]:
-    for path in sorted(folder.iterdir()):
+def corpus(folder: Path, rng: random.Random, changed: Collection[Path]) -> Iterator[Command]:
+    for path in changed:
         output = folder.parent / "prepared" / path.name
         request = Request(inputs=(str(path),), output=output, tokenizer="bytes", max_bad=1.0, allow_failed=True)
         yield lambda request=request: prepare(request, console=QUIET)
 
 
-def tokenizer(folder: Path, rng: random.Random) -> Iterator[Command]:
-    for path in sorted(folder.iterdir()):
+def tokenizer(folder: Path, rng: random.Random, changed: Collection[Path]) -> Iterator[Command]:
+    for path in changed:
         yield lambda path=path: use(load_tokenizer(str(path)))
 
 
@@ -164,13 +168,13 @@ def use(tokenizer: TextTokenizer) -> None:
     assert len(tokenizer.fingerprint) == 64
 
 
-def config(folder: Path, rng: random.Random) -> Iterator[Command]:
+def config(folder: Path, rng: random.Random, changed: Collection[Path]) -> Iterator[Command]:
     path = str(folder / "config.yaml")
     yield lambda: json.dumps(resolved(read_command([path])[0]))
     yield lambda: read_command([path, "--train.steps", "7", "--data.sources.0.weight", "2"])
 
 
-KINDS: dict[str, Callable[[Path, random.Random], Iterator[Command]]] = {
+KINDS: dict[str, Callable[[Path, random.Random, Collection[Path]], Iterator[Command]]] = {
     "dataset": dataset,
     "checkpoint": checkpoint,
     "hf": hf,

@@ -54,13 +54,11 @@ RAW = {  # what no Python value spells
 TEXT = (".json", ".jsonl", ".yaml", ".csv", ".txt")
 
 
-def damage(folder: Path, rng: random.Random) -> str:
-    """Change one file, sometimes two."""
+def damage(folder: Path, rng: random.Random) -> dict[Path, str]:
+    """Change one file, sometimes two; returns what was done to which."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
     chosen = rng.sample(files, rng.choice((1, 1, 1, 2)) if len(files) > 1 else 1)
-    return "; ".join(
-        f"{path.relative_to(folder)}: {_damage_file(path, files, rng)}" for path in chosen if path.exists()
-    )
+    return {path: _damage_file(path, files, rng) for path in chosen}
 
 
 def _damage_file(path: Path, files: list[Path], rng: random.Random) -> str:

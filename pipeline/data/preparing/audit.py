@@ -19,7 +19,7 @@ from pipeline.data.preparing.by_source import describe_inputs, excerpts
 from pipeline.data.preparing.compare import InputState, compare_inputs
 from pipeline.data.shards import Shard
 from pipeline.data.tokenizer import TextTokenizer
-from pipeline.errors import UserError, counted
+from pipeline.errors import UserError, counted, readable
 
 _BLOCK = 2**24
 _SAMPLED_DOCUMENTS = 20
@@ -192,7 +192,7 @@ def inspect(path: str | Path, *, excerpts_of_each: int = 3, seed: int | None = N
         if split.n_documents and excerpts_of_each:
             lines.append(f"  excerpts, drawn with --seed {seed}:")
             lines += excerpts(dataset.path, manifest, name, split, tokenizer, count=excerpts_of_each, seed=seed)
-    return "\n".join(lines)
+    return "\n".join(map(readable, lines))
 
 
 def _listed(numbers: Mapping[str, int]) -> str:

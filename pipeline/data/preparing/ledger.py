@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pipeline.data.manifest import InputInfo
 from pipeline.data.preparing.unit import UnitReport, report_path
 from pipeline.files import write_durably
+from pipeline.untrusted import LARGEST_JSON, read_regular
 
 LEDGER_NAME = "ledger.jsonl"
 
@@ -57,7 +58,7 @@ class Ledger:
         """Header and entries; a torn last line, the mark of a kill, is no entry."""
         if not self.path.exists():
             return None, []
-        lines = self.path.read_bytes().splitlines()
+        lines = read_regular(self.path, limit=LARGEST_JSON).splitlines()
         try:
             header = LedgerHeader.model_validate_json(lines[0])
         except (IndexError, ValidationError):
@@ -99,7 +100,7 @@ def finished(folder: Path, name: str) -> UnitReport | None:
 
 def _report(path: Path) -> UnitReport | None:
     try:
-        return UnitReport.model_validate_json(path.read_bytes())
+        return UnitReport.model_validate_json(read_regular(path, limit=LARGEST_JSON))
     except (FileNotFoundError, ValidationError):
         return None
 
