@@ -39,6 +39,9 @@ SPLITS: tuple[SplitName, ...] = ("train", "val")
 SUFFIXES = (".bin", ".idx", ".docs.npy")
 
 
+_BITMAP = re.compile(rf"\.({'|'.join(get_args(BitmapKind))})-[0-9a-f]+\.npy")
+
+
 class DamagedManifestError(UserError):
     """There is a file, but it is no manifest; the preparation writes it anew."""
 
@@ -81,15 +84,16 @@ class ShardInfo(_Record):
     def _files_are_its_own(self) -> Self:
         """Whatever is done to the files of a shard is done to no other file."""
         wanted = {f"{self.name}{suffix}" for suffix in SUFFIXES}
-        kinds = "|".join(get_args(BitmapKind))
-        bitmap = re.compile(rf"{re.escape(self.name)}\.({kinds})-[0-9a-f]+\.npy")
-        others = [name for name in self.files if name not in wanted and not bitmap.fullmatch(name)]
+        others = [name for name in self.files.keys() - wanted if not self._is_bitmap(name)]
         if others or not wanted <= self.files.keys():
             raise ValueError(
                 f"shard {shown(self.name)} has the files {', '.join(sorted(wanted))} and perhaps bitmaps, "
                 f"got {', '.join(map(shown, self.files))}"
             )
         return self
+
+    def _is_bitmap(self, name: str) -> bool:
+        return name.startswith(self.name) and _BITMAP.fullmatch(name, len(self.name)) is not None
 
     def file(self, suffix: str) -> FileInfo:
         """The entry of `NAME<suffix>`; suffixes are `.bin`, `.idx`, `.docs.npy`."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from pipeline.config import ModelConfig
 from pipeline.errors import UserError
 from pipeline.model.hf_families import FAMILIES, Entry, Family, FolderConfig, Settings, entries
-from pipeline.model.transformer import Decoder, build_model, check_size
+from pipeline.model.transformer import Decoder, build_without_memory, check_size, give_memory
 from pipeline.untrusted import FileName, check_regular, read_json, shown
 
 T = TypeVar("T")
@@ -86,9 +86,9 @@ def load_hf(folder: Path) -> Decoder:
     config, n_tokens = _our_config(values, family, origin=folder / "config.json")
     files = _TensorFiles(folder)
     check_size(config, n_tokens=n_tokens, tensors=len(files.shapes), where=str(folder))
-    with torch.device("meta"):  # what does not fit is told before there is memory for it
-        places = _places(build_model(config, n_tokens=n_tokens), family, files, tied=config.tie_embeddings)
-    model = build_model(config, n_tokens=n_tokens).eval()
+    model = build_without_memory(config, n_tokens=n_tokens)
+    places = _places(model, family, files, tied=config.tie_embeddings)
+    model = give_memory(model, torch.device("cpu")).eval()
     _fill(model, places, files)
     return model
 

@@ -231,6 +231,18 @@ def build_model(config: ModelConfig, *, n_tokens: int) -> Decoder:
     return families[config.family](config, n_tokens=n_tokens)
 
 
+def build_without_memory(config: ModelConfig, *, n_tokens: int) -> Decoder:
+    """The model on the meta device: its shapes can be compared with stored ones before there is memory for it."""
+    with torch.device("meta"):
+        return build_model(config, n_tokens=n_tokens)
+
+
+def give_memory(model: Decoder, device: torch.device) -> Decoder:
+    """Memory for a model that has none; what is in it is left over from others until every parameter is read."""
+    assert not [*model.buffers()], "buffers are read from nowhere"
+    return model.to_empty(device=device)
+
+
 def check_size(config: ModelConfig, *, n_tokens: int, tensors: int, where: str) -> None:
     """Raise `UserError` for settings too large even to be compared, shape by shape, with `tensors` stored ones.
 

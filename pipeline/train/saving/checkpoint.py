@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from pipeline.cli import config_from_values
 from pipeline.config import Config
 from pipeline.errors import UserError, nearest
-from pipeline.model.transformer import Decoder, build_model, check_size
+from pipeline.model.transformer import Decoder, build_without_memory, check_size, give_memory
 from pipeline.train.saving.manifest import read_manifest
 from pipeline.train.saving.pieces import Piece, StoredTensor, check_fit, read_headers, read_tensor
 from pipeline.train.saving.storage import (
@@ -97,9 +97,9 @@ def load_model(checkpoint: Location, *, device: torch.device) -> tuple[Decoder, 
     config, n_tokens = read_config(checkpoint), read_state(checkpoint).n_tokens
     stored = _headers(checkpoint, "model")
     check_size(config.model, n_tokens=n_tokens, tensors=len(stored), where=str(checkpoint))
-    with torch.device("meta"):  # what does not fit is told before there is memory for it
-        check_fit(stored, build_model(config.model, n_tokens=n_tokens).state_dict(), where=checkpoint)
-    model = build_model(config.model, n_tokens=n_tokens).to(device)
+    model = build_without_memory(config.model, n_tokens=n_tokens)
+    check_fit(stored, model.state_dict(), where=checkpoint)
+    model = give_memory(model, device)
     _read_tensors(stored, dict(model.state_dict()), where=checkpoint)
     return model.eval(), config
 
