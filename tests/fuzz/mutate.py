@@ -254,7 +254,7 @@ def sign_checkpoint(checkpoint: Path) -> None:
     """Sizes and checksums of what lies there now: what somebody does who changes a file with intent."""
     path = checkpoint / "manifest.json"
     try:
-        files = json.loads(path.read_bytes())["files"]
+        files = json.loads(_content(path))["files"]
         for name in files:
             content = _content(checkpoint / name)
             files[name] = {"bytes": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
@@ -267,7 +267,7 @@ def sign_dataset(folder: Path) -> None:
     """The same for a dataset, whose digest covers the checksums."""
     path = folder / "manifest.json"
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(_content(path))
         for info in [info for infos in values["splits"].values() for info in infos]:
             for name in info["files"]:
                 content = _content(folder / name)
