@@ -51,7 +51,6 @@ RAW = {  # what no Python value spells
     "@surrogate@": '"\\ud800"',
     "@twice@": '{"a": 1, "a": 2}',
 }
-TEXT = (".json", ".jsonl", ".yaml", ".csv", ".txt")
 
 
 def damage(folder: Path, rng: random.Random) -> dict[Path, str]:
