@@ -78,7 +78,7 @@ def _damage_file(path: Path, files: list[Path], rng: random.Random) -> str:
 def _replace(path: Path, files: list[Path], rng: random.Random) -> str:
     """Something else under the name of the file."""
     ways = ("zero", "fifo", "folder", "missing", "empty", "swap", "loop")
-    if path.parent.name != "corpus":  # corpora may have any size
+    if path.parent.name not in ("corpus", "foreign", "nano") and path.suffix != ".jsonl":  # these may have any size
         ways += ("sparse",)
     way = rng.choice(ways)
     other = rng.choice(files)
