@@ -14,13 +14,12 @@ from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import UserError
 from pipeline.names import meant
 from pipeline.section import FIELDS_ONLY, Clash, Section
-from pipeline.untrusted import shown, shown_key
+from pipeline.untrusted import DamagedFileError, parse_yaml_value, shown, shown_key
 
 Values = dict[str, Any]
 Path = tuple[str, ...]
@@ -75,9 +74,9 @@ class Flag:
             raise ValueError("a value is missing")
         if self.holds_sections:
             try:
-                return yaml.safe_load(" ".join(words))
-            except yaml.YAMLError as error:
-                raise ValueError(f"not valid YAML: {str(error).splitlines()[0]}") from None
+                return parse_yaml_value(" ".join(words), origin="the value")
+            except DamagedFileError as error:
+                raise ValueError(str(error).splitlines()[0]) from None
         if words == ["null"] or (words == ["None"] and NoneType in _parts(self.annotation)):
             return None
         if _tuples(self.annotation):

@@ -129,20 +129,25 @@ def shown(value: object) -> str:
 
 
 def parse_yaml(content: bytes, *, origin: object) -> Object:
-    """A YAML mapping with plain values. Raises `UserError` for all else.
-
-    References are refused: a few lines of them can stand for more than fits the memory.
-    """
-    try:
-        values = yaml.load(content, Loader=_PlainLoader)  # noqa: S506 - a SafeLoader
-    except Exception as error:  # what is no number, no date or no key raises whatever its conversion does
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise DamagedFileError(f"{origin} is not valid YAML: {reason}") from None
+    """A YAML mapping with plain values. Raises `DamagedFileError` for all else."""
+    values = parse_yaml_value(content, origin=origin)
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise DamagedFileError(f"{origin} must hold sections such as 'model:', got {shown(values)}")
     return values
+
+
+def parse_yaml_value(content: bytes | str, *, origin: object) -> Any:
+    """Whatever plain value a YAML text stands for. Raises `DamagedFileError` for what is no such text.
+
+    References are refused: a few lines of them can stand for more than fits the memory.
+    """
+    try:
+        return yaml.load(content, Loader=_PlainLoader)  # noqa: S506 - a SafeLoader
+    except Exception as error:  # what is no number, no date or no key raises whatever its conversion does
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise DamagedFileError(f"{origin} is not valid YAML: {reason}") from None
 
 
 class _PlainLoader(yaml.SafeLoader):
