@@ -33,7 +33,7 @@ from pipeline.model.hf import is_hf_folder, load_hf
 from pipeline.model.transformer import Decoder
 from pipeline.train.saving.checkpoint import load_model, read_state, resolve_checkpoint
 from pipeline.train.saving.storage import read_bytes
-from pipeline.untrusted import LARGEST_JSON, Object, parse_json, read_regular
+from pipeline.untrusted import LARGEST_JSON, read_regular
 
 
 def main() -> None:
@@ -102,8 +102,8 @@ def load(source: str, *, device: torch.device) -> tuple[Decoder, TextTokenizer, 
     checkpoint = resolve_checkpoint(source)
     state = read_state(checkpoint)
     file = checkpoint / "tokenizer.json"
-    definition = parse_json(Object, read_bytes(file, limit=LARGEST_TOKENIZER), origin=file)
-    tokenizer = TextTokenizer.from_definition(definition, origin=str(checkpoint), eos=state.tokenizer_eos_id)
+    content = read_bytes(file, limit=LARGEST_TOKENIZER)
+    tokenizer = TextTokenizer.from_content(content, origin=file, eos=state.tokenizer_eos_id)
     if tokenizer.fingerprint != state.tokenizer_fingerprint:
         raise UserError(
             f"{checkpoint} was trained with the tokenizer {state.tokenizer_fingerprint[:12]}, but its tokenizer.json "

@@ -185,7 +185,7 @@ def _beginning(blend: Blend, row: int, origin: Origin, tokenizer: TextTokenizer)
 
 
 def _tokenizer(data: TrainingData) -> TextTokenizer:
-    return TextTokenizer.from_definition(json.loads(data.tokenizer_json), origin=data.where, eos=data.eos_id)
+    return TextTokenizer.from_content(data.tokenizer_json, origin=data.where, eos=data.eos_id)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ In: a run folder (its newest checkpoint) or a checkpoint. Out: a new folder that
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 import tyro
 
 from pipeline.data.tokenizer import TextTokenizer
+from pipeline.data.tokenizer_schema import LARGEST_TOKENIZER
 from pipeline.errors import run_command
 from pipeline.model.hf import save_hf
 from pipeline.train.saving.checkpoint import load_model, read_state, resolve_checkpoint
@@ -38,8 +38,8 @@ def main() -> None:
     checkpoint = resolve_checkpoint(arguments.source)
     model, _ = load_model(checkpoint, device=torch.device("cpu"))
     eos_id = read_state(checkpoint).tokenizer_eos_id
-    definition = json.loads(read_bytes(checkpoint / "tokenizer.json"))
-    tokenizer = TextTokenizer.from_definition(definition, origin=str(checkpoint / "tokenizer.json"), eos=eos_id)
+    file = checkpoint / "tokenizer.json"
+    tokenizer = TextTokenizer.from_content(read_bytes(file, limit=LARGEST_TOKENIZER), origin=file, eos=eos_id)
     files = tokenizer.exported(context_length=model.config.context_length)
     save_hf(model, arguments.folder, tokenizer_files=files, eos_id=eos_id)
     print(f"{checkpoint} -> {arguments.folder}")

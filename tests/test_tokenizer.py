@@ -181,7 +181,7 @@ def test_eos_is_found_chosen_or_asked_for(tmp_path: Path) -> None:
         ("nowhere/tokens.tiktoken", "no tokenizer file"),
         ("./folder", "no tokenizer file folder"),
         ("broken.json", "cannot read the tokenizer"),
-        ("infinite.json", "cannot read the tokenizer .*NaN is no number of JSON"),
+        ("infinite.json", "cannot read the tokenizer: .*infinite.json cannot be read: it is not JSON"),
         ("sentence.model", "a SentencePiece model must be converted"),
         ("own.tiktoken", "must be that of a published encoding, gpt2.tiktoken, r50k_base.tiktoken, .*o200k_base"),
         ("gpt3.tiktoken", "did you mean 'gpt2'"),

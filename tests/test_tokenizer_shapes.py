@@ -308,14 +308,14 @@ def test_roles_are_found_in_files_and_by_name() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("tokenizer_config.json", "[]", r"tokenizer_config\.json: the file is not what it should be"),
-        ("tokenizer_config.json", '{"eos_token": 5}', r"tokenizer_config\.json: eos_token is not what it should be"),
-        ("tokenizer_config.json", '{"split_special_tokens": "yes"}', "split_special_tokens is not what it should be"),
-        ("special_tokens_map.json", '{"eos_token": ["a"]}', r"special_tokens_map\.json: eos_token"),
-        ("generation_config.json", '{"eos_token_id": [1, "2"]}', r"generation_config\.json: eos_token_id.1"),
-        ("config.json", '{"eos_token_id": 1.5}', r"config\.json: eos_token_id"),
-        ("config.json", "{", r"cannot read .*config\.json"),
-        ("config.json", "[" * 100_000, r"cannot read .*config\.json"),
+        ("tokenizer_config.json", "[]", r"tokenizer_config\.json cannot be read: .*got \[\]; mend or remove it"),
+        ("tokenizer_config.json", '{"eos_token": 5}', r"tokenizer_config\.json cannot be read: eos_token: "),
+        ("tokenizer_config.json", '{"split_special_tokens": "yes"}', "cannot be read: split_special_tokens: "),
+        ("special_tokens_map.json", '{"eos_token": ["a"]}', r"special_tokens_map\.json cannot be read: eos_token: "),
+        ("generation_config.json", '{"eos_token_id": [1, "2"]}', r"generation_config\.json .* eos_token_id\.1: "),
+        ("config.json", '{"eos_token_id": 1.5}', r"config\.json cannot be read: eos_token_id"),
+        ("config.json", "{", r"config\.json cannot be read: it is not JSON"),
+        ("config.json", "[" * 100_000, r"config\.json cannot be read: it is not JSON"),
     ],
 )
 def test_a_damaged_file_beside_is_named(name: str, content: str, message: str, tmp_path: Path) -> None:

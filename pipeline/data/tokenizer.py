@@ -34,6 +34,7 @@ from pipeline.data.tokenizer_training import EOS as EOS
 from pipeline.data.tokenizer_training import Report, byte_definition, character_definition, trained_definition
 from pipeline.errors import UserError
 from pipeline.files import write_durably
+from pipeline.untrusted import Object, parse_json
 
 TRAIN = "train:"
 UNKNOWN_NAMED = 10  # characters named when a vocabulary lacks them
@@ -74,6 +75,11 @@ class TextTokenizer:
         """
         file = Path(path).expanduser()
         return cls.from_definition(read_definition(file), origin=str(file), eos=eos, beside=_beside(file))
+
+    @classmethod
+    def from_content(cls, content: bytes, *, origin: object, eos: str | int) -> Self:
+        """Build from the bytes of the `tokenizer.json` of a dataset or checkpoint; `origin` names it in errors."""
+        return cls.from_definition(parse_json(Object, content, origin=origin), origin=str(origin), eos=eos)
 
     @classmethod
     def from_definition(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,7 +19,7 @@ from pipeline.data.manifest import TOKENIZER_NAME
 from pipeline.data.tokenizer_roles import BESIDE_NAMES, Beside, read_beside
 from pipeline.data.tokenizer_schema import LARGEST_TOKENIZER
 from pipeline.errors import UserError, nearest
-from pipeline.untrusted import read_regular
+from pipeline.untrusted import DamagedFileError, Object, read_json, read_regular
 
 HUB_TIMEOUT = 8.0
 """Seconds to wait for the hub to answer once; its own client tries six times and takes half a minute to give up.
@@ -46,13 +45,13 @@ def read_definition(path: Path) -> dict[str, Any]:
     if path.suffix == RANK_SUFFIX:
         return tiktoken_definition(path)
     try:
-        definition = _parsed(read_regular(path, limit=LARGEST_TOKENIZER))
-    except (OSError, ValueError, RecursionError) as error:
+        definition = read_json(Object, path, limit=LARGEST_TOKENIZER)
+    except (OSError, DamagedFileError) as error:
         raise UserError(
-            f"cannot read the tokenizer {path}: {error}; wanted a tokenizer.json, or a tiktoken rank file named "
+            f"cannot read the tokenizer: {error}; wanted a tokenizer.json, or a tiktoken rank file named "
             f"ENCODING{RANK_SUFFIX} (a SentencePiece model must be converted to a tokenizer.json first)"
         ) from None
-    if not isinstance(definition, dict) or "model" not in definition:
+    if "model" not in definition:
         raise UserError(f"{path} is not a tokenizer.json: it has no 'model'")
     return definition
 
@@ -102,15 +101,6 @@ def _counts_on(definition: dict[str, Any]) -> bool:
         return False
 
 
-def _parsed(content: bytes) -> Any:
-    """Some JSON. Raises `ValueError` for what is none, NaN and Infinity included."""
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no number of JSON")
-
-    return json.loads(content, parse_constant=refuse)
-
-
 def hub_tokenizer(name: str) -> tuple[dict[str, Any], Beside]:
     """The `tokenizer.json` of a model on the Hugging Face hub: from the local cache, else asked for once.
 
@@ -122,7 +112,7 @@ def hub_tokenizer(name: str) -> tuple[dict[str, Any], Beside]:
 
     try:
         file = _hub_file(name)
-        definition: dict[str, Any] = _parsed(file.read_bytes())
+        definition = read_json(Object, file, limit=LARGEST_TOKENIZER)
     except Exception as error:  # unknown name, no network, gated, damaged: many classes, two remedies
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             raise UserError(
@@ -249,7 +239,7 @@ def tiktoken_definition(path: Path) -> dict[str, Any]:
         return "".join(symbols[byte] for byte in token)
 
     vocabulary = {spell(token): rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])}
-    merges = [(spell(left), spell(right)) for left, right in recover_merges(ranks)]
+    merges = [[spell(left), spell(right)] for left, right in recover_merges(ranks)]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     words: dict[str, Any] = byte_level
     if encoding.pattern is not None:

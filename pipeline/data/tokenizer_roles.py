@@ -6,15 +6,15 @@ role, each with the reason for it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, StrictBool, StrictInt, StrictStr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, StrictBool, StrictInt, StrictStr
 
 from pipeline.errors import UserError
+from pipeline.untrusted import DamagedFileError, read_json
 
 Content = TypeVar("Content", bound=BaseModel)
 Role = Literal["bos", "eos", "pad", "mask"]
@@ -119,17 +119,13 @@ def read_beside(folder: Path) -> Beside:
 
 def _read(file: Path, content: type[Content]) -> Content:
     """A JSON file as its model; a missing one says nothing."""
-    if not file.exists():
-        return content()
     try:
-        return content.model_validate(json.loads(file.read_bytes()))
-    except ValidationError as error:
-        fault = error.errors()[0]
-        place = ".".join(map(str, fault["loc"])) or "the file"
-        raise UserError(
-            f"{file}: {place} is not what it should be: {fault['msg']}, got {fault['input']!r:.60}"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
+        return read_json(content, file)
+    except FileNotFoundError:
+        return content()
+    except DamagedFileError as error:
+        raise UserError(f"{error}; mend or remove it") from None
+    except OSError as error:
         raise UserError(f"cannot read {file}: {error}; mend or remove it") from None
 
 
