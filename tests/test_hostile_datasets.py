@@ -287,3 +287,16 @@ def test_differences_of_a_foreign_index_cannot_overflow(tmp_path: Path) -> None:
     (folder / "manifest.json").unlink()
     with pytest.raises(UserError, match="without a step back"):
         open_foreign(str(folder / "train-00000"), tokenizer="bytes")
+
+
+@pytest.mark.parametrize("line", [b"{", b"5", b'{"source": 5}', b'{"source": "a", "reason": ["b"]}', b"[" * 10**5])
+def test_a_damaged_list_of_rejected_records_is_named(line: bytes, folder: Path) -> None:
+    (folder / "quarantine.jsonl").write_bytes(b'{"source": "a", "reason": "b"}\n' + line + b"\n")
+    with pytest.raises(UserError, match=r"quarantine\.jsonl, line 2 cannot be read"):
+        inspect(folder)
+
+
+def test_a_pipe_is_no_list_of_rejected_records(folder: Path) -> None:
+    os.mkfifo(folder / "quarantine.jsonl")
+    with pytest.raises(UserError, match="is a pipe, expected a file"):
+        inspect(folder)

@@ -11,21 +11,31 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import orjson
+from pydantic import BaseModel
 
 from pipeline.data.dataset import TokenSplit
 from pipeline.data.deleting.deletion import open_shard
 from pipeline.data.manifest import Manifest, SplitName
 from pipeline.data.preparing.finish import QUARANTINE_NAME
+from pipeline.data.shards import REMEDY
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import counted
+from pipeline.untrusted import DamagedFileError, check_regular, parse_json
 
 SHOWN_INPUTS = 20
 """Inputs that are listed, the largest first."""
 EXCERPT_INPUTS = 10
 EXCERPT_TOKENS = 40
 
+
 Integers = np.ndarray[tuple[int], np.dtype[np.int64]]
+
+
+class _Drop(BaseModel):
+    """What is read of a line of `quarantine.jsonl`."""
+
+    source: str
+    reason: str
 
 
 def sources_of(folder: Path, manifest: Manifest, split: SplitName) -> tuple[Integers, Integers]:
@@ -36,6 +46,11 @@ def sources_of(folder: Path, manifest: Manifest, split: SplitName) -> tuple[Inte
         shard = open_shard(folder, info, dtype=manifest.dtype)
         kept = slice(None) if shard.keep is None else shard.keep
         sources = shard.documents["source"].astype(np.int64)[kept]
+        if len(unknown := sources[(sources < 0) | (sources >= len(tokens))]):
+            raise DamagedFileError(
+                f"{folder / info.name}.docs.npy is damaged: a document is of input {int(unknown[0])}, the manifest has "
+                f"{len(tokens)}; {REMEDY}"
+            )
         lengths = np.asarray(shard.lengths, np.float64)[kept]
         tokens += np.bincount(sources, weights=lengths, minlength=len(tokens)).astype(np.int64)
         numbers.append(sources)
@@ -47,10 +62,11 @@ def drops_of(folder: Path) -> dict[str, Counter[str]]:
     found: dict[str, Counter[str]] = defaultdict(Counter)
     path = folder / QUARANTINE_NAME
     if path.exists():
+        check_regular(path)
         with path.open("rb") as file:
-            for line in file:
-                record = orjson.loads(line)
-                found[record["source"]][record["reason"]] += 1
+            for number, line in enumerate(file, start=1):
+                drop = parse_json(_Drop, line, origin=f"{path}, line {number}")
+                found[drop.source][drop.reason] += 1
     return found
 
 
