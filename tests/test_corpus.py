@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import bz2
 import csv
 import errno
 import gzip
 import json
-import lzma
 import os
 import struct
 from collections.abc import Callable
@@ -231,7 +229,7 @@ def test_zstd_may_begin_with_a_skippable_frame(tmp_path: Path, kind: int) -> Non
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.zst", "a.csv.gz", "a.json.gz"])
 def test_what_is_neither_packed_as_promised_nor_text_is_refused(tmp_path: Path, name: str) -> None:
-    for content in (bz2.compress(json_lines(TEXTS)), lzma.compress(json_lines(TEXTS)), b"\0" * 600, b"P\x03 text"):
+    for content in (b"\0" * 600, b"P\x03 text"):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=r"a\..* is no (gzip|zstd) file, nor .*: it begins with b.*; copy it again"):
             find_corpus([str(tmp_path)])

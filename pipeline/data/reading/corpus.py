@@ -9,7 +9,6 @@ from __future__ import annotations
 import glob
 import os
 import re
-from codecs import getincrementaldecoder
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,12 +17,15 @@ from pathlib import Path, PurePath, PurePosixPath
 from stat import S_ISREG
 from typing import NamedTuple
 
+import orjson
+
 from pipeline.data.manifest import is_dataset
 from pipeline.data.reading.bytestream import BLOCK_BYTES, BOM, Compression, open_stream
 from pipeline.data.reading.formats import Document, Kind, Record, Source, TextRules, missing_key
 from pipeline.data.reading.hub import hub_files, load_saved
 from pipeline.data.reading.plan import Unit
 from pipeline.data.reading.readers import keys_of, read_piece
+from pipeline.data.reading.signatures import HEAD_BYTES, NO_TEXT, is_clean, unreadable
 from pipeline.errors import UserError, counted, nearest
 
 _KINDS: dict[str, Kind] = {
@@ -37,15 +39,14 @@ _KINDS: dict[str, Kind] = {
     ".csv": "csv",
     ".parquet": "parquet",
 }
-_COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
+_COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 _READABLE = f"{' '.join(_KINDS)}, or .gz and .zst of these"
 _SKIPPABLE: dict[bytes, Compression] = {bytes([0x50 + n]) + b"\x2a\x4d\x18": "zstd" for n in range(16)}
 """Frames without text (RFC 8878, 3.1.2): pzstd begins with one."""
 _MAGIC: dict[bytes, Compression] = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", **_SKIPPABLE}
-_HEAD_BYTES = 4096
-_NO_TEXT = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")  # control characters but white space and escape
 _SAVED_DATASET = ({"dataset_info.json", "state.json"}, {"dataset_dict.json"})
 _FIRST_LINE_BYTES = 64 * BLOCK_BYTES
+_SHOWN_FAULTS = 8
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,7 @@ class _Search:
         self._skipped: set[Path] = set()
         self._links: set[Path] = set()
         self._prepared: set[Path] = set()
+        self._plain: set[Path] = set()
 
     def notes(self) -> tuple[str, ...]:
         notes = self._notes
@@ -155,6 +157,10 @@ class _Search:
             names = ", ".join(sorted(map(str, self._links))[:8])
             links = counted(len(self._links), "link")
             notes = notes | {f"skipped {links} to folders ({names}); name a folder itself to read it"}
+        if self._plain:
+            suffixes = ", ".join(sorted({path.suffix or "no suffix" for path in self._plain})[:8])
+            files = counted(len(self._plain), "file")
+            notes = notes | {f"read as plain text, each a document: {files} of other kinds ({suffixes})"}
         if self._prepared:
             names = ", ".join(sorted(map(str, self._prepared))[:8])
             notes = notes | {f"skipped {counted(len(self._prepared), 'dataset')} of data_prep.py ({names})"}
@@ -168,12 +174,24 @@ class _Search:
             for name, path in self._named(text):
                 if not is_unicode(name):
                     raise UserError(f"the name {name!r} is not UTF-8, so it cannot be recorded; rename the file")
-                where = path.resolve()
+                where = Path(os.path.realpath(path))  # unlike `resolve`, no error for a link to itself
                 if path.is_dir():
                     sources[where] = _saved_source(where)
                 elif not any(fnmatch(name, pattern) or fnmatch(path.name, pattern) for pattern in exclude):
                     files[where] = min((name, path), files.get(where, (name, path)))
-        return sources | {where: _file_source(path, name, self._notes) for where, (name, path) in files.items()}
+        faults: list[str] = []
+        for where, (name, path) in files.items():
+            try:
+                sources[where] = source = _file_source(path, name, self._notes)
+            except UnreadableFileError as error:
+                faults.append(str(error))
+                continue
+            if source.kind == "text" and not _known(PurePosixPath(name)):
+                self._plain.add(path)
+        if faults:
+            more = [f"and {len(faults) - _SHOWN_FAULTS} more such files"] if len(faults) > _SHOWN_FAULTS else []
+            raise UserError("\n".join(faults[:_SHOWN_FAULTS] + more))
+        return sources
 
     def _named(self, text: str) -> Iterator[tuple[str, Path]]:
         """Names and paths of the files and saved datasets that an argument stands for."""
@@ -254,7 +272,7 @@ def _expand(text: str, output: Path | None) -> list[Path]:
     if path.exists():
         return [_absolute(path)]
     if glob.has_magic(text):
-        matches = sorted(_absolute(Path(match)) for match in glob.glob(str(path), recursive=True))  # noqa: PTH207 - hidden
+        matches = sorted({_absolute(Path(match)) for match in _matches(str(path))})
         matches = [match for match in matches if output is None or not match.is_relative_to(output)]
         found = [match for match in matches if match.is_file() or "**" not in text]
         if found:
@@ -262,6 +280,26 @@ def _expand(text: str, output: Path | None) -> list[Path]:
         raise UserError(f"nothing matches {text!r}; {_there(path)}")
     hint = f"; for data of the Hugging Face hub write hf:{text}" if re.fullmatch(r"[\w.-]+/[\w.-]+", text) else ""
     raise UserError(f"no file or folder {text!r}; {_there(path)}{hint}")
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    """As `glob.glob(pattern, recursive=True)`, but `**` visits each real folder once: links may lead back."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        yield from glob.glob(pattern)  # noqa: PTH207 - leaves hidden files out
+        return
+    at = parts.index("**")
+    rest = parts[at + 1 :] or ("*",)
+    for base in sorted(glob.glob(str(Path(*parts[:at])))):  # noqa: PTH207
+        visited: set[tuple[int, int]] = set()
+        for parent, folders, _ in os.walk(base, followlinks=True, onerror=_refuse):
+            status = os.stat(parent)  # noqa: PTH116 - a path of os.walk
+            if (status.st_dev, status.st_ino) in visited:
+                folders.clear()
+                continue
+            visited.add((status.st_dev, status.st_ino))
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            yield from _matches(str(Path(glob.escape(parent), *rest)))
 
 
 def _absolute(path: Path) -> Path:
@@ -292,21 +330,31 @@ def _is_saved_dataset(folder: Path) -> bool:
     return any(marks <= names for marks in _SAVED_DATASET)
 
 
+class UnreadableFileError(UserError):
+    """A file is of a kind that no reader reads."""
+
+
 def _file_source(path: Path, name: str, notes: set[str]) -> Source:
-    """Look at a file: its beginning says how it is packed, the suffix of its name what is in it."""
+    """Look at a file: its beginning says how it is packed, the suffix of its name what is in it.
+
+    Raises `UnreadableFileError` for archives, other encodings and whatever else is recognised as no text.
+    """
     try:
         status = path.stat()
         if not S_ISREG(status.st_mode):
             raise UserError(f"{name} is neither a file nor a folder; a pipe cannot be read twice: write it to a file")
         with path.open("rb") as file:
-            head = file.read(_HEAD_BYTES)
+            head = file.read(HEAD_BYTES)
     except OSError as error:
         raise UserError(f"cannot read {name}: {error.strerror}") from None
     suffixes = [suffix.lower() for suffix in PurePosixPath(name).suffixes]
     promised = _COMPRESSIONS.get(suffixes[-1], "") if suffixes else ""
     compression: Compression = next((packed for magic, packed in _MAGIC.items() if head.startswith(magic)), "")
     inner = suffixes[:-1] if promised else suffixes
-    kind = _KINDS.get(inner[-1], "text") if inner else "text"
+    kind = _KINDS.get(inner[-1]) if inner else None
+    unpacked = _unpacked_head(path, compression) if compression else head
+    _refuse_unreadable(name, unpacked, compression, listed=kind is not None)
+    kind = kind or "text"
     if promised and compression != promised:
         notes.add(_broken_promise(name, promised, compression, kind, head))
     if head.startswith(b"PAR1") and kind != "parquet":
@@ -314,11 +362,47 @@ def _file_source(path: Path, name: str, notes: set[str]) -> Source:
         kind = "parquet"
     if kind == "json":
         kind = _json_kind(path, compression)
+    elif kind in ("text", "csv") and _holds_json_lines(path, compression, unpacked):
+        notes.add(f"{name} holds JSON lines, whatever its suffix says: read as such")
+        kind = "jsonl"
     if kind == "parquet" and head and not head.startswith(b"PAR1"):
         remedy = "unpack it" if compression else "copy it again"
-        raise UserError(f"{name} is not a parquet file: it begins with {head[:4]!r}, wanted b'PAR1'; {remedy}")
+        raise UnreadableFileError(
+            f"{name} is not a parquet file: it begins with {head[:4]!r}, wanted b'PAR1'; {remedy}"
+        )
     where = "" if name == str(path) else str(path)
     return Source(name, kind, compression, status.st_size, _fingerprint(path, name, status), path=where)
+
+
+def _unpacked_head(path: Path, compression: Compression) -> bytes:
+    """The beginning of the text of a compressed file; of a damaged one, what there is."""
+    head = b""
+    try:
+        with open_stream(path, compression, name=str(path), drop_bom=False) as stream:
+            while len(head) < HEAD_BYTES and (block := stream.read1(HEAD_BYTES - len(head))):
+                head += block
+    except UserError:  # reading it will say what is wrong
+        pass
+    return head
+
+
+def _refuse_unreadable(name: str, head: bytes, compression: Compression, *, listed: bool) -> None:
+    """Raise `UnreadableFileError` for content that is recognised as no text; `listed`: its suffix is one of ours."""
+    within = f" within {compression}" if compression else ""
+    if head.startswith(b"PAR1") and not compression:
+        return
+    if compression and (packed := next((packed for magic, packed in _MAGIC.items() if head.startswith(magic)), "")):
+        raise UnreadableFileError(f"{name} is {packed}{within}: unpack it once, or --exclude it")
+    if compression and head.startswith(b"PAR1"):
+        raise UnreadableFileError(f"{name} is parquet{within}: unpack it, or --exclude it")
+    if found := unreadable(head):
+        what, remedy = found
+        raise UnreadableFileError(f"{name} is {what}{within}: {remedy}, or --exclude it")
+    if not listed and (control := NO_TEXT.search(head)):
+        raise UnreadableFileError(
+            f"{name} is no text{within}: it has a byte {control.group()[0]:#04x} at {control.start()}; wanted {_READABLE}, "
+            "or text under any name; --exclude it"
+        )
 
 
 def _broken_promise(name: str, promised: Compression, found: Compression, kind: Kind, head: bytes) -> str:
@@ -327,7 +411,7 @@ def _broken_promise(name: str, promised: Compression, found: Compression, kind: 
         return f"{name} is empty, which no {promised} file is; copy it again if it should hold text"
     if not found and not _is_plain(kind, head):
         wanted = next(magic for magic, packed in _MAGIC.items() if packed == promised)
-        raise UserError(
+        raise UnreadableFileError(
             f"{name} is no {promised} file, nor {kind}: it begins with {head[:4]!r}, wanted {wanted!r}; copy it again, "
             "unpack it, or --exclude it"
         )
@@ -338,12 +422,8 @@ def _is_plain(kind: Kind, head: bytes) -> bool:
     """Whether the beginning of a file is that of a file of that kind, not compressed."""
     if head.startswith(b"PAR1"):
         return True
-    try:
-        getincrementaldecoder("utf-8")().decode(head)  # its last character may be cut
-    except UnicodeDecodeError:
-        return False
     first = head.removeprefix(BOM).lstrip()[:1]
-    return not _NO_TEXT.search(head) and (kind not in ("jsonl", "json") or first in (b"{", b"[", b""))
+    return is_clean(head) and (kind not in ("jsonl", "json") or first in (b"{", b"[", b""))
 
 
 def _fingerprint(path: Path, name: str, status: os.stat_result) -> str:
@@ -368,6 +448,25 @@ def _json_kind(path: Path, compression: Compression) -> Kind:
     except UserError:  # reading it will say what is wrong
         return "json"
     return "jsonl" if first.startswith(b"{") and first.endswith(b"}") and second[:1] in (b"", b"{") else "json"
+
+
+def _holds_json_lines(path: Path, compression: Compression, head: bytes) -> bool:
+    """Whether the first two lines of a file are JSON objects that share a key, as records do."""
+    if not head.removeprefix(BOM).lstrip().startswith(b"{"):
+        return False
+    objects: list[dict[str, object]] = []
+    try:
+        with open_stream(path, compression, name=str(path)) as stream:
+            while len(objects) < 2 and (line := stream.readline(_FIRST_LINE_BYTES)):
+                if line.isspace():
+                    continue
+                value = orjson.loads(line)
+                if not isinstance(value, dict):
+                    return False
+                objects.append(value)
+    except (UserError, orjson.JSONDecodeError):
+        return False
+    return len(objects) == 2 and bool(objects[0].keys() & objects[1].keys())
 
 
 def _saved_source(folder: Path) -> Source:
