@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.data.preparing.flags import Arguments, answer_at_once, parse
-from pipeline.errors import counted, run_command
+from pipeline.errors import counted, printable, run_command
 
 if __name__ == "__main__":
     run_command(partial(answer_at_once, __doc__))
@@ -37,6 +37,7 @@ from pipeline.data.preparing.executors import open_place
 from pipeline.data.preparing.prepare import prepare
 from pipeline.data.preparing.request import request_of
 from pipeline.data.preparing.unit import UNKNOWN_TOKENS
+from pipeline.data.reading.formats import EMPTY, with_remedy
 from pipeline.locks import locked
 
 
@@ -83,7 +84,7 @@ def finish(arguments: Arguments, manifest: Manifest, console: Console) -> None:
                 manifest = deletions(arguments, manifest, executor, console)
         except KeyboardInterrupt:
             raise stopped("the dataset is whole, each of these deletions is done or not begun") from None
-    console.print(summary(output, manifest), markup=False)
+    console.print(printable(summary(output, manifest)), markup=False)
 
 
 def deletions(arguments: Arguments, manifest: Manifest, executor: Executor, console: Console) -> Manifest:
@@ -127,7 +128,8 @@ def summary(output: Path, manifest: Manifest) -> str:
     around = f"a document is the ids of its text and EOS {manifest.eos_id}, nothing else is added"
     lines.append(f"tokenizer: {manifest.vocab_size:,} tokens, {manifest.dtype}; {around}")
     for reason, count in manifest.drops.items():
-        lines.append(f"dropped: {count:,} x {reason} (see {output / 'quarantine.jsonl'})")
+        seen = "" if reason == EMPTY else f", see {output / 'quarantine.jsonl'}"
+        lines.append(f"dropped: {count:,} x {with_remedy(reason)}{seen}")
     all_tokens = sum(manifest.total(split, "tokens") for split in manifest.splits)
     for what, count in manifest.noticed.items():
         rate = f", {count / all_tokens:.2%} of all" if what == UNKNOWN_TOKENS else ""

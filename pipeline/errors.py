@@ -46,6 +46,19 @@ def nearest(word: str, candidates: Iterable[str], *, cutoff: float = 0.5) -> str
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
+def printable(text: str) -> str:
+    """`text` with escapes such as `\\x1b` for what a terminal would obey or hide; line ends and tabs stay.
+
+    Control and formatting characters, lone surrogates and the like are escaped, so the result is always valid UTF-8.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() or character in "\n\t" else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
+
 def counted(number: int, noun: str) -> str:
     """`1 file`, `2 files`, `3,000 files`."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
@@ -113,9 +126,9 @@ def verdict(error: BaseException) -> tuple[int | None, str]:
 
 
 def readable(line: str) -> str:
-    """A line that quotes what somebody else wrote: without control characters, and cut where it has no end."""
+    """What somebody else wrote as one line: printable, line ends escaped, too, and cut where it has no end."""
     cut = line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..."
-    return cut if cut.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
+    return printable(cut).replace("\n", "\\n")
 
 
 def _verdict(error: BaseException) -> tuple[int | None, str]:

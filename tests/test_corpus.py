@@ -84,7 +84,9 @@ def test_text_files_are_documents_with_their_bytes_kept(tmp_path: Path) -> None:
     (tmp_path / "12.md.gz").write_bytes(gzip.compress(b"packed"))
     (tmp_path / "13.rst").write_bytes(b"\xef\xbb\xbfmarked")
     (tmp_path / "14.text").write_bytes(b"")
-    assert texts_of(read(tmp_path)) == [*TEXTS[:12], "packed", "marked"]
+    *documents, empty = read(tmp_path)
+    assert texts_of(documents) == [*TEXTS[:12], "packed", "marked"]
+    assert faults_of([empty]) == [(0, "text is empty")]
 
 
 @pytest.mark.parametrize("unit_bytes", [50, 2**26])
@@ -141,11 +143,30 @@ def test_bad_records_are_named_and_cost_only_themselves(tmp_path: Path) -> None:
         (6, "text is empty"),
         (7, "invalid UTF-8"),
         (8, "lone surrogate"),
-        (12, "malformed JSON"),
+        (12, "JSON of over 1024 levels"),
     ]
     for record in records:
         if isinstance(record, Rejected):
             assert len(record.excerpt.encode()) <= 1200
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_what_lies_beside_a_text_does_not_cost_it(tmp_path: Path, name: str) -> None:
+    """Numbers of any length are read over; what is too deep for the parser is told to be that, at any depth."""
+    beside = ["1" * 5000, "-" + "9" * 400, "1e999", "NaN", "-Infinity", "0.1" + "1" * 5000, "[" * 900 + "]" * 900]
+    deep = ["[" * depth + "]" * depth for depth in (1025, 3000, 100_000)] + ['{"a":' * 3000 + "1" + "}" * 3000]
+    records = [f'{{"id": {value}, "text": "kept {n}"}}' for n, value in enumerate([*beside, *deep])]
+    content = "\n".join(records) if name == "a.jsonl" else "[" + ",".join(records) + "]"
+    (tmp_path / name).write_text(content)
+    found = read(tmp_path)
+    kept = [record.content.decode() for record in found if isinstance(record, Document)]
+    assert kept == [f"kept {n}" for n in range(len(beside))]
+    assert faults_of(found) == [(len(beside) + n, "JSON of over 1024 levels") for n in range(len(deep))]
+
+
+def test_a_number_where_the_text_should_be_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": ' + "7" * 5000 + "}")
+    assert faults_of(read(tmp_path)) == [(0, "text is not a string")]
 
 
 def test_bad_bytes_in_text_csv_and_parquet_are_rejected(tmp_path: Path) -> None:
@@ -255,7 +276,7 @@ def test_an_empty_file_that_should_be_packed_is_told(tmp_path: Path) -> None:
         "a.jsonl.gz is empty, which no gzip file is",
         "b.txt.zst is empty, which no zstd file is",
     ]
-    assert read(tmp_path) == []
+    assert faults_of(read(tmp_path)) == [(0, "text is empty")] * 2, "texts; no line is no record"
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_a_cut_ends_a_separator_that_counting_from_the_left_finds(text: str, siz
         assert cut == min((end for end in ends if end > size), default=None)
 
 
-@given(st.text("ab é\n|", max_size=80), st.integers(1, 30), st.sampled_from([None, "|", "\n\n"]))
+@given(st.text("ab é\n|", min_size=1, max_size=80), st.integers(1, 30), st.sampled_from([None, "|", "\n\n"]))
 @settings(deadline=None, max_examples=150)
 def test_parts_of_a_stream_are_the_ranges_of_the_plain_file(text: str, unit_bytes: int, separator: str | None) -> None:
     rules = TextRules(unit_bytes=unit_bytes, separator=separator)

@@ -18,6 +18,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ from pipeline.data.preparing.unit import UnitReport, prepare_unit
 from pipeline.data.reading.formats import TextRules
 from pipeline.data.reading.plan import Unit
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.errors import StoppedEarly, Unfinished, UserError
+from pipeline.errors import StoppedEarly, Unfinished, UserError, tell, verdict
 from pipeline.locks import locked
 from pipeline.seeds import named_seed
 
@@ -324,15 +325,105 @@ def test_bad_records_are_kept_aside_and_counted(corpus: Path) -> None:
     with (corpus / "b.jsonl").open("a") as file:
         file.write('{"text": ""}\nbroken\n')
     manifest, _ = run(request(corpus))
+    assert manifest.drops["text is empty"] == 1, "counted, but no fault to look at"
     assert manifest.drops == {"malformed JSON": 1, "text is empty": 1}
     assert manifest.records == 242
     lines = [json.loads(line) for line in (corpus.parent / "out" / "quarantine.jsonl").read_text().splitlines()]
     source = str((corpus / "b.jsonl").resolve())
     assert lines == [
-        {"source": source, "row": 120, "reason": "text is empty", "excerpt": ""},
         {"source": source, "row": 121, "reason": "malformed JSON", "excerpt": "broken"},
     ]
     assert sorted(documents(corpus.parent / "out", "train") + documents(corpus.parent / "out", "val")) == sorted(TEXTS)
+
+
+def test_empty_texts_are_dropped_and_counted_and_are_no_fault(tmp_path: Path) -> None:
+    """As in a corpus of code, where many files hold nothing, and in records."""
+    folder = tmp_path / "code"
+    for number in range(30):
+        (folder / f"p{number}").mkdir(parents=True)
+        (folder / f"p{number}" / "__init__.py").write_text("" if number % 2 else "\ufeff")
+        (folder / f"p{number}" / "a.py").write_text(f"x = {number}\n" * 9)
+    (folder / "a.jsonl").write_bytes(b"".join(line_of(text) for text in ("", "one", "", "", "two")))
+    (folder / "b.csv").write_text('text,id\n"",1\nthree,2\n')
+    (folder / "c.txt.gz").write_bytes(gzip.compress(b""))
+    pq.write_table(pa.table({"text": ["", "four"]}), folder / "d.parquet")
+    wanted = {"strict": True, "max_bad": 0.0, "tokenizer": "bytes", "val_fraction": 0.1, "rules": TextRules()}
+    manifest, _ = run(replace(request(folder, **wanted), inputs=(f"{folder}/**/*.*",)))
+    assert manifest.drops == {"text is empty": 30 + 3 + 1 + 1 + 1}
+    assert manifest.records == 34 + 36
+    assert (tmp_path / "out" / "quarantine.jsonl").read_bytes() == b""
+
+
+def test_a_corpus_of_empty_texts_is_told_to_be_that(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"")
+    (tmp_path / "b.jsonl").write_bytes(line_of("") * 3)
+    with pytest.raises(UserError, match="no document in 2 inputs: nothing but empty files and empty texts"):
+        run(replace(request(tmp_path), inputs=(str(tmp_path),), output=tmp_path / "out"))
+
+
+def line_of(text: str) -> bytes:
+    return json.dumps({"text": text}).encode() + b"\n"
+
+
+def test_one_letter_packed_three_hundred_times_over_is_split(tmp_path: Path) -> None:
+    """Far more text than its size makes expect: shares of it are at most all."""
+    folder = tmp_path / "packed"
+    folder.mkdir()
+    (folder / "a.txt.gz").write_bytes(gzip.compress(b"a" * (120 * 2**20), 1))
+    manifest, _ = run(request(folder, tokenizer="bytes", rules=TextRules(), val_fraction=None))
+    assert manifest.total("train", "text_bytes") + manifest.total("val", "text_bytes") == 120 * 2**20
+    assert manifest.total("val", "documents") >= 1
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.csv"])
+def test_two_columns_of_one_name_are_refused_before_any_work(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "twice"
+    folder.mkdir()
+    if name == "a.csv":
+        (folder / name).write_text("text,id,text\na,1,b\n")
+    else:
+        columns = [pa.array(["a"]), pa.array(["b"])]
+        pq.write_table(pa.table(columns, names=["text", "text"]), folder / name)
+    with pytest.raises(UserError, match=r"a\.(parquet|csv) has 2 columns 'text'; wanted one"):
+        run(request(folder))
+
+
+def test_excerpts_and_names_reach_the_terminal_without_their_escape_sequences(tmp_path: Path) -> None:
+    folder = tmp_path / "evil"
+    folder.mkdir()
+    name = "a\x1b[31m.jsonl"
+    (folder / name).write_text('{"text": 5, "\x1b]0;title\x07": "\u202eabc\x9b31m"}\n\x1b[2Jbroken\n' * 3)
+    with pytest.raises(UserError) as error:
+        run(request(folder))
+    assert "malformed JSON" in str(error.value)
+    _, message = verdict(error.value)
+    told = io.StringIO()
+    with redirect_stderr(told):
+        tell(error.value)
+    for character in "\x1b\x07\x9b\u202e":
+        assert character not in told.getvalue()
+    assert r"a\x1b[31m.jsonl" in told.getvalue()
+    assert r"\x1b[2Jbroken" in told.getvalue()
+    assert message.count("\n") == told.getvalue().count("\n") - 1, "lines stay lines"
+
+
+@pytest.mark.parametrize(
+    ("line", "remedy"),
+    [
+        (b'{"text": "' + b"long " * 300 + b'"}', r"text over 1024 bytes \(--max-doc-bytes N .*--long-documents cut"),
+        (b'{"text": "\xff"}', r"invalid UTF-8 \(--invalid-utf8 replace"),
+        (b'{"text": "\\ud800"}', r"lone surrogate \(--invalid-utf8 replace"),
+        (b'{"body": ""}', r"no key 'text' \(--text-key KEY"),
+    ],
+)
+def test_what_a_flag_can_do_about_a_bad_record_is_told(tmp_path: Path, line: bytes, remedy: str) -> None:
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(line_of("good") + line + b"\n")
+    rules = TextRules(max_document_bytes=1024)
+    for strict in (True, False):
+        with pytest.raises(UserError, match=remedy):
+            run(request(folder, strict=strict, rules=rules, tokenizer="bytes", val_fraction=0.5))
 
 
 def test_too_many_bad_records_stop_and_can_be_allowed(corpus: Path) -> None:
@@ -449,7 +540,7 @@ def test_every_record_is_accounted_for(corpus: Path) -> None:
     assert manifest.records == written + len(bad) == 120 + len(bad) * 2 + 2
     found = [json.loads(line) for line in (corpus.parent / "out" / "quarantine.jsonl").read_text().splitlines()]
     assert {record["row"]: record["reason"] for record in found} == {
-        2 * n: reason for n, reason in enumerate(bad.values())
+        2 * n: reason for n, reason in enumerate(bad.values()) if reason != "text is empty"
     }
     assert manifest.noticed["documents with NUL"] == 1
     assert manifest.noticed["documents with the text of a special token"] == 121 + len(bad)
@@ -518,7 +609,19 @@ def test_a_dask_cluster_of_two_processes_makes_the_same_bytes(corpus: Path) -> N
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        ("spark://x", "--executor wants dask://HOST:PORT, got 'spark://x'"),
+        ("spark://x", "--executor wants dask://HOST:PORT .* 1 to 65535, got 'spark://x'"),
+        ("dask://", "--executor wants dask://HOST:PORT"),
+        ("dask://host", "--executor wants dask://HOST:PORT"),
+        ("dask://host:", "--executor wants dask://HOST:PORT"),
+        ("dask://:8786", "--executor wants dask://HOST:PORT"),
+        ("dask://host:port", "--executor wants dask://HOST:PORT"),
+        ("dask://host:99999", "--executor wants dask://HOST:PORT"),
+        ("dask://host:0", "--executor wants dask://HOST:PORT"),
+        ("dask://host:1/x", "--executor wants dask://HOST:PORT"),
+        ("dask://ho st:1", "--executor wants dask://HOST:PORT"),
+        ("dask://tcp://host:1", "--executor wants dask://HOST:PORT"),
+        ("dask://no.such.host.invalid:8786", "no Dask scheduler answers"),
+        ("dask://[::1]:9", "no Dask scheduler answers"),
         ("dask://127.0.0.1:9", "no Dask scheduler answers"),
     ],
 )

@@ -132,7 +132,7 @@ def test_what_no_reader_reads_is_named_with_a_remedy(tmp_path: Path, name: str) 
 
 def test_a_database_is_none(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(database(tmp_path))
-    with pytest.raises(UserError, match="a.txt is an SQLite database: convert"):
+    with pytest.raises(UserError, match=r"a\.txt is an SQLite database: convert"):
         find_corpus([str(tmp_path)])
 
 
@@ -213,11 +213,11 @@ def test_braces_alone_make_no_json_lines(tmp_path: Path, content: str) -> None:
 
 def test_what_is_packed_twice_is_told(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(zstandard.compress(LINES)))
-    with pytest.raises(UserError, match="a.jsonl.gz is zstd within gzip: unpack it once"):
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz is zstd within gzip: unpack it once"):
         find_corpus([str(tmp_path)])
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
     (tmp_path / "a.parquet.gz").write_bytes(gzip.compress((tmp_path / "a.parquet").read_bytes()))
-    with pytest.raises(UserError, match="a.parquet.gz is parquet within gzip: unpack it"):
+    with pytest.raises(UserError, match=r"a\.parquet\.gz is parquet within gzip: unpack it"):
         find_corpus([str(tmp_path / "a.parquet.gz")])
 
 

@@ -33,7 +33,7 @@ from pipeline.data.reading.corpus import Corpus, check_text_key, find_corpus
 from pipeline.data.reading.formats import TextRules
 from pipeline.data.reading.plan import Unit, plan_units
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer, needs_corpus
-from pipeline.errors import counted, duration, sized
+from pipeline.errors import counted, duration, printable, sized
 
 LARGE_TEXT_BYTES = 10**6
 DEFAULT_FRACTION, DEFAULT_TAIL_FRACTION = 0.005, 0.1
@@ -49,7 +49,7 @@ def corpus_of(request: Request, console: Console) -> tuple[Corpus, dict[str, Any
         request.inputs, exclude=request.exclude, output=request.output.resolve(), held_out=request.val_inputs
     )
     for note in (*corpus.notes, *_large_texts(corpus, request.rules)):
-        console.print(f"note: {note}", markup=False)
+        console.print(printable(f"note: {note}"), markup=False)
     check_text_key(corpus.sources, request.rules.key)
     return corpus, request.identity(corpus)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import signal
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -127,9 +128,13 @@ def open_place(executor: str | None, workers: int) -> Place:
     """The place that `--executor` and `--workers` ask for. Raises `UserError` for an address that does not answer."""
     if executor is None:
         return Place(workers)
-    if not executor.startswith(DASK):
-        raise UserError(f"--executor wants {DASK}HOST:PORT, got {executor!r}")
-    address = "tcp://" + executor.removeprefix(DASK)
+    host, _, port = executor.removeprefix(DASK).rpartition(":")
+    is_host = re.fullmatch(r"[\w.-]+|\[[0-9A-Fa-f:.]+(?:%\w+)?\]", host)
+    if not (
+        executor.startswith(DASK) and is_host and port.isascii() and port.isdecimal() and 0 < int(port[:6]) < 2**16
+    ):
+        raise UserError(f"--executor wants {DASK}HOST:PORT with a port from 1 to 65535, got {executor!r}")
+    address = f"tcp://{host}:{port}"
     with _dask_client(address) as client:
         threads = list(client.nthreads().values())
     remedy = f"start some with `dask worker {address} --nworkers N --nthreads 1`"
@@ -148,7 +153,7 @@ def _dask_client(address: str) -> Iterator[Any]:
         raise UserError("--executor dask:// needs the package distributed: pip install distributed") from None
     try:
         client = Client(address, timeout=DASK_TIMEOUT, set_as_default=False)
-    except (OSError, TimeoutError) as error:
+    except (OSError, ValueError) as error:  # nobody there, or no address
         raise UserError(f"no Dask scheduler answers at {address}: {error}; start one with `dask scheduler`") from None
     try:
         yield client

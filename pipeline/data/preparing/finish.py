@@ -28,7 +28,7 @@ from pipeline.data.preparing.ledger import StreamEnd, ledgers
 from pipeline.data.preparing.request import input_infos
 from pipeline.data.preparing.unit import UnitReport, UnitSettings
 from pipeline.data.reading.corpus import Corpus
-from pipeline.data.reading.formats import Rejected
+from pipeline.data.reading.formats import EMPTY, Rejected, with_remedy
 from pipeline.data.reading.plan import Unit
 from pipeline.data.reading.readers import count_rows
 from pipeline.data.shards import token_dtype
@@ -42,18 +42,18 @@ def too_many_bad(reports: Sequence[UnitReport], corpus: Corpus, *, max_bad: floa
 
     `reports`: those of all units, in order.
     """
-    dropped = sum(report.dropped for report in reports)
-    records = dropped + sum(report.documents for report in reports)
-    if dropped <= max_bad * records:
+    bad = sum(report.bad for report in reports)
+    records = sum(report.dropped + report.documents for report in reports)
+    if bad <= max_bad * records:
         return None
-    return _too_many_bad(reports, corpus, dropped, records, max_bad=max_bad)
+    return _too_many_bad(reports, corpus, bad, records, max_bad=max_bad)
 
 
 def _too_many_bad(
-    reports: Sequence[UnitReport], corpus: Corpus, dropped: int, records: int, *, max_bad: float, so_far: str = ""
+    reports: Sequence[UnitReport], corpus: Corpus, bad: int, records: int, *, max_bad: float, so_far: str = ""
 ) -> UserError:
     return UserError(
-        f"{dropped} of {records} records{so_far} are bad ({dropped / records:.2%}), --max-bad allows {max_bad:.2%}"
+        f"{bad} of {records} records{so_far} are bad ({bad / records:.2%}), --max-bad allows {max_bad:.2%}"
         f"{_examples(reports, corpus)}\n"
         "  mend the input, or allow more with --max-bad F; finished units are kept"
     )
@@ -73,7 +73,7 @@ class Beginning:
         self._reports: list[UnitReport] = []
         self._next = self._parts = 0  # the unit that comes next, and how many of its parts are known to be done
         self._size, self._total = 0, sum(unit.size for unit in units)
-        self.records = self._dropped = 0
+        self.records = self._bad = 0
 
     def advance(self) -> None:
         """Take in what was done since."""
@@ -91,26 +91,25 @@ class Beginning:
         reports = [self._done[unit.number, part] for part in range(self._parts)]
         self._reports += reports
         self._size += unit.size
-        dropped = sum(report.dropped for report in reports)
-        self._dropped += dropped
-        self.records += dropped + sum(report.documents for report in reports)
+        self._bad += sum(report.bad for report in reports)
+        self.records += sum(report.dropped + report.documents for report in reports)
 
     def too_many_bad(self, corpus: Corpus, *, max_bad: float) -> UserError | None:
         """The error when so many are bad that the rest of the corpus, by size, can hardly make up for it."""
         share = self._size / (self._total or 1)
-        if not share or self._dropped <= max_bad * self.records / share:
+        if not share or self._bad <= max_bad * self.records / share:
             return None
         so_far = "" if share == 1 else " so far"
-        return _too_many_bad(self._reports, corpus, self._dropped, self.records, max_bad=max_bad, so_far=so_far)
+        return _too_many_bad(self._reports, corpus, self._bad, self.records, max_bad=max_bad, so_far=so_far)
 
 
 def no_documents(drops: Counter[str], examples: Sequence[Rejected], corpus: Corpus) -> UserError:
     """The error for inputs without a single document."""
     inputs = counted(len(corpus.sources), "input")
-    if not drops:
-        return UserError(f"no document in {inputs}: nothing but empty files")
-    table = _table(drops) + _lines(examples, corpus)
-    return UserError(f"no document in {inputs}, {counted(drops.total(), 'bad record')}{table}")
+    if bad := drops.total() - drops[EMPTY]:
+        table = _table(drops) + _lines(examples, corpus)
+        return UserError(f"no document in {inputs}, {counted(bad, 'bad record')}{table}")
+    return UserError(f"no document in {inputs}: nothing but empty files and empty texts")
 
 
 def _examples(reports: Sequence[UnitReport], corpus: Corpus) -> str:
@@ -123,7 +122,9 @@ def _examples(reports: Sequence[UnitReport], corpus: Corpus) -> str:
 
 
 def _table(counts: Counter[str]) -> str:
-    return "".join(f"\n  {count} x {reason}" for reason, count in sorted(counts.items()))
+    return "".join(
+        f"\n  {count} x {with_remedy(reason)}" for reason, count in sorted(counts.items()) if reason != EMPTY
+    )
 
 
 def _lines(rejected: Sequence[Rejected], corpus: Corpus) -> str:

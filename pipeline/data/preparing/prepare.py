@@ -68,7 +68,7 @@ from pipeline.data.preparing.unit import (
 from pipeline.data.reading.corpus import Corpus, changed_since
 from pipeline.data.reading.plan import Unit, cut_stream, plan_units
 from pipeline.data.tokenizer import TextTokenizer
-from pipeline.errors import Unfinished, UserError, counted
+from pipeline.errors import Unfinished, UserError, counted, printable
 from pipeline.files import fsync_folder
 
 SPOOL_NAME = ".spool"
@@ -91,7 +91,7 @@ def prepare(request: Request, *, console: Console) -> Manifest | None:
                 console.print(f"already complete: {request.output}", markup=False)
                 return complete
             for change in input_changes(request.output, corpus):
-                console.print(f"inputs {change}", markup=False)
+                console.print(printable(f"inputs {change}"), markup=False)
             try:
                 place = open_place(request.executor, request.workers)
                 with place.begun():
@@ -297,7 +297,8 @@ class _Preparation:
                         failure, stand_in = done_without(outcome.unit, outcome.reason)
                         failed.append(failure)
                         self.lost.append(stand_in)
-                        self.console.print(f"warning: unit {failure.unit} failed: {failure.reason}", markup=False)
+                        told = printable(f"warning: unit {failure.unit} failed: {failure.reason}")
+                        self.console.print(told, markup=False)
                     elif isinstance(outcome, CutEnd):
                         self._record(self._end_of(outcome))
                     else:

@@ -64,7 +64,8 @@ def survey(units: Sequence[Unit], rules: TextRules) -> Survey:
             documents += 1
             seen += len(record.content)
         if documents >= MANY_DOCUMENTS or (documents >= FEW_DOCUMENTS and seen >= LOOKED_AT_BYTES):
-            share = seen / (sum(unit.size for unit in units) or seen)
+            # a compressed text may be longer than was expected of all
+            share = min(seen / (sum(unit.size for unit in units) or seen), 1.0)
             break
     else:
         share = 1.0

@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict
 from pipeline.data.manifest import SPLITS, TOKENIZER_NAME, ShardInfo, SplitName, digest_of
 from pipeline.data.preparing.encoder import Backend, Encoder, EncoderMismatch
 from pipeline.data.preparing.split import SplitRule
-from pipeline.data.reading.formats import Document, Rejected, TextRules
+from pipeline.data.reading.formats import EMPTY, Document, Rejected, TextRules, with_remedy
 from pipeline.data.reading.plan import Unit
 from pipeline.data.reading.readers import PieceRows, promised_rows, read_piece
 from pipeline.data.shards import DOCUMENT_DTYPE, ShardWriter
@@ -122,8 +122,13 @@ class UnitReport(BaseModel):
 
     @property
     def dropped(self) -> int:
-        """Rejected records."""
+        """Records that gave no document."""
         return sum(self.drops.values())
+
+    @property
+    def bad(self) -> int:
+        """Records that are at fault: all that were dropped but the empty ones."""
+        return self.dropped - self.drops.get(EMPTY, 0)
 
     def files(self) -> list[str]:
         """Names of the files the unit wrote."""
@@ -238,9 +243,9 @@ class _Reading:
 
 
 def _refused(record: Rejected, unit: Unit, *, strict: bool) -> Rejected:
-    if strict:
+    if strict and record.reason != EMPTY:
         where = _where(unit, record.source, record.row)
-        raise UserError(f"--strict: {where}: {record.reason}: {record.excerpt[:80]}")
+        raise UserError(f"--strict: {where}: {with_remedy(record.reason)}: {record.excerpt[:80]}")
     return record
 
 
@@ -274,6 +279,8 @@ class _Quarantine:
 
     def add(self, record: Rejected) -> None:
         self.drops[record.reason] += 1
+        if record.reason == EMPTY:  # no fault, and nothing to look at
+            return
         if len(self.examples) < EXAMPLES:
             self.examples.append(record)
         if self._file is None:

@@ -21,10 +21,10 @@ import orjson
 
 from pipeline.data.manifest import is_dataset
 from pipeline.data.reading.bytestream import BLOCK_BYTES, BOM, Compression, open_stream
-from pipeline.data.reading.formats import Document, Kind, Record, Source, TextRules, missing_key
+from pipeline.data.reading.formats import Document, Kind, Record, Source, TextRules
 from pipeline.data.reading.hub import hub_files, load_saved
 from pipeline.data.reading.plan import Unit
-from pipeline.data.reading.readers import keys_of, read_piece
+from pipeline.data.reading.readers import keys_of, read_piece, require_column
 from pipeline.data.reading.signatures import HEAD_BYTES, NO_TEXT, is_clean, unreadable
 from pipeline.errors import UserError, counted, nearest
 
@@ -113,8 +113,8 @@ def check_text_key(sources: Iterable[Source], key: str) -> None:
         except UserError:  # reading it will fail, and say why, without stopping the others
             continue
         seen.add(source.kind)
-        if keys is not None and key not in keys:
-            raise missing_key(source.name, key, keys)
+        if keys is not None:
+            require_column(keys, source.name, key)
 
 
 def read_unit(unit: Unit, rules: TextRules) -> Generator[Record, None, UnitRows]:
@@ -400,8 +400,8 @@ def _refuse_unreadable(name: str, head: bytes, compression: Compression, *, list
         raise UnreadableFileError(f"{name} is {what}{within}: {remedy}, or --exclude it")
     if not listed and (control := NO_TEXT.search(head)):
         raise UnreadableFileError(
-            f"{name} is no text{within}: it has a byte {control.group()[0]:#04x} at {control.start()}; wanted {_READABLE}, "
-            "or text under any name; --exclude it"
+            f"{name} is no text{within}: it has a byte {control.group()[0]:#04x} at {control.start()}; "
+            f"wanted {_READABLE}, or text under any name; --exclude it"
         )
 
 

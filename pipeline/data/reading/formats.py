@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 from pipeline.data.reading.bytestream import MIB, Compression, character_start
 from pipeline.data.reading.longtext import LongText
-from pipeline.errors import UserError
+from pipeline.errors import UserError, printable
 
 TEXT_CHUNK_BYTES = MIB
 """Documents of a large text file without separators are about this long."""
@@ -23,6 +23,16 @@ EXCERPT_CHARACTERS = 200
 RECORD_FACTOR = 8
 """A record over this many times `max_document_bytes` is not parsed: JSON may write a byte in six, beside other keys."""
 Kind = Literal["text", "jsonl", "json", "csv", "parquet", "saved"]
+EMPTY = "text is empty"
+"""The reason for dropping what is no fault: code has empty files, records have empty texts."""
+_REMEDIES = {
+    "text over ": "--max-doc-bytes N allows longer ones, --long-documents cut keeps them in parts",
+    "record over ": "--max-doc-bytes N allows longer ones",
+    "invalid UTF-8": "--invalid-utf8 replace keeps it with U+FFFD in place of the bad bytes",
+    "lone surrogate": "--invalid-utf8 replace keeps it with U+FFFD in its place",
+    "no key ": "--text-key KEY names another",
+}
+"""What a flag can do about records that are rejected, by the beginning of the reason."""
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _REPR = reprlib.Repr()
 
@@ -139,7 +149,7 @@ class Judge:
         """Documents of one record, or its rejection."""
         if isinstance(value, str | bytes):
             if not value:
-                return self.rejected(row, "text is empty", "")
+                return self.rejected(row, EMPTY, "")
             try:
                 content = value.encode() if isinstance(value, str) else value
                 if isinstance(value, bytes) and not value.isascii():
@@ -226,11 +236,18 @@ def cut_long(contents: Iterable[bytes], limit: int) -> Iterator[bytes]:
 
 
 def excerpt(value: object) -> str:
-    """The beginning of a bad record, always writable as UTF-8."""
+    """The beginning of a bad record, always writable as UTF-8, and without anything that a terminal would obey."""
     if isinstance(value, bytes):
-        return value[: 4 * EXCERPT_CHARACTERS].decode(errors="backslashreplace")[:EXCERPT_CHARACTERS]
-    text = value if isinstance(value, str) else _REPR.repr(value)
-    return text[:EXCERPT_CHARACTERS].encode(errors="backslashreplace").decode()[:EXCERPT_CHARACTERS]
+        text = value[: 4 * EXCERPT_CHARACTERS].decode(errors="backslashreplace")
+    else:
+        text = value if isinstance(value, str) else _REPR.repr(value)
+    return printable(text[:EXCERPT_CHARACTERS])[:EXCERPT_CHARACTERS]
+
+
+def with_remedy(reason: str) -> str:
+    """Why a record was rejected, and the flag that does something about it, if there is one."""
+    found = [remedy for begun, remedy in _REMEDIES.items() if reason.startswith(begun)]
+    return f"{reason} ({found[0]})" if found else reason
 
 
 def missing_key(name: str, key: str, found: list[str]) -> UserError:

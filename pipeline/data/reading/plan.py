@@ -61,16 +61,27 @@ def plan_units(sources: Sequence[Source], rules: TextRules) -> tuple[Unit, ...]:
     groups: list[list[Piece]] = []
     streams: set[int] = set()
     filled = rules.unit_bytes + 1
+    empty: list[Piece] = []  # files that hold nothing are counted where there is work: they begin no unit
     for index, source in enumerate(sources):
+        if not source.size:
+            empty += [Piece(source, index, 0, 0, 0)] if source.kind == "text" else []
+            continue
         stream = _is_stream(source, rules)
         for piece in _cut(source, index, rules):
             if stream or filled + piece.size > rules.unit_bytes:
                 groups.append([])
                 filled = 0
+            if not stream:
+                groups[-1] += empty
+                empty = []
             groups[-1].append(piece)
             filled += piece.size
         if stream:
             streams.add(len(groups) - 1)  # nothing joins it: it is over the size of a unit
+    if empty and (not groups or len(groups) - 1 in streams):
+        groups.append([])
+    if empty:
+        groups[-1] += empty
     return tuple(Unit(number, tuple(pieces), stream=number in streams) for number, pieces in enumerate(groups))
 
 
@@ -209,9 +220,7 @@ def _is_stream(source: Source, rules: TextRules) -> bool:
 
 
 def _cut(source: Source, index: int, rules: TextRules) -> Iterator[Piece]:
-    """The pieces of one source."""
-    if source.size == 0:
-        return
+    """The pieces of one source, which holds something."""
     if source.kind == "saved":
         yield from _cut_rows(source, index, rules)
     elif source.kind == "parquet":

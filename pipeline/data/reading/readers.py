@@ -130,9 +130,11 @@ def keys_of(source: Source) -> list[str] | None:
 
 
 def require_column(columns: list[str], name: str, key: str) -> None:
-    """Refuse a table without the text column."""
+    """Refuse a table without the text column, or with several of its name."""
     if key not in columns:
         raise missing_key(name, key, columns)
+    if (count := columns.count(key)) > 1:
+        raise UserError(f"{name} has {count} columns {key!r}; wanted one: rename or remove the others")
 
 
 def _damaged(name: str, error: BaseException) -> UserError:
@@ -161,11 +163,11 @@ def _read_text(piece: Piece, judge: Judge, first: int) -> Records:
         else:
             whole = stream.read(rules.unit_bytes + 1) if piece.whole else b""  # a compressed text shows its length here
             fits = piece.whole and len(whole) <= rules.unit_bytes
-            texts = iter([whole] if whole else []) if fits else _chunks(stream, whole, rules)
+            texts = iter([whole]) if fits else _chunks(stream, whole, rules)
         for row, content in enumerate(texts, first):
             if isinstance(content, Overlong):
                 yield from judge.overlong(row, content.head)
-            elif content:
+            elif content or rules.separator is None:  # between two separators, nothing is no text
                 yield from judge.records(content, row)
     return row - first + 1
 
@@ -249,12 +251,15 @@ def _parsed_long(record: bytes) -> object:
 def _parsed_short(record: bytes) -> object:
     try:
         return orjson.loads(record)
-    except orjson.JSONDecodeError:
-        pass
-    try:  # the slow parser knows NaN, and tells lone surrogates and bad bytes from bad JSON
-        return json.loads(record.decode(errors="surrogateescape"))
-    except (ValueError, RecursionError):
+    except orjson.JSONDecodeError as error:
+        if "depth limit" in str(error):  # how deep the other parser goes depends on the version of Python
+            return Fault("JSON of over 1024 levels", record.strip())
+    try:  # it knows NaN and numbers of any length, and tells lone surrogates and bad bytes from bad JSON
+        return json.loads(record.decode(errors="surrogateescape"), parse_int=float)
+    except ValueError:
         return Fault(_MALFORMED, record.strip())
+    except RecursionError:
+        return Fault("JSON of over 1024 levels", record.strip())
 
 
 def _field(record: object, key: str) -> object:
