@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.preparing.cuts import added_tokens, cut, divisible
 from pipeline.data.preparing.nasty import nasty_texts, unicode_texts
+from pipeline.data.preparing.reference import reference, refuse_growth
 from pipeline.data.shards import token_dtype
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError
@@ -151,6 +152,7 @@ class Encoder:
         if self._native is None:
             yield from reference(self.tokenizer, pieces)
             return
+        refuse_growth(self.tokenizer, pieces)
         for piece, ids in zip(pieces, self._native.encode(pieces), strict=True):
             if len(piece) <= AUDIT_BYTES and is_audited(piece):
                 self.audited += 1
@@ -196,12 +198,6 @@ def _proven(tokenizer: TextTokenizer, sample: Sequence[bytes]) -> Encoder:
         if fault := _difference(pieces, list(encoder.encode_each(pieces)), reference(tokenizer, pieces)):
             raise EncoderMismatch(fault)
     return encoder
-
-
-def reference(tokenizer: TextTokenizer, pieces: Sequence[bytes]) -> list[NDArray[np.uint32]]:
-    """What `tokenizers` gives for each piece."""
-    ids, lengths = tokenizer.encode_batch([piece.decode() for piece in pieces])
-    return np.split(ids, np.cumsum(lengths)[:-1])
 
 
 class _Native:

@@ -14,38 +14,24 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path, PurePath, PurePosixPath
-from stat import S_ISREG
 from typing import NamedTuple
 
-import orjson
-
 from pipeline.data.manifest import is_dataset
-from pipeline.data.reading.bytestream import BLOCK_BYTES, BOM, Compression, open_stream
 from pipeline.data.reading.formats import Document, Kind, Record, Source, TextRules
 from pipeline.data.reading.hub import hub_files, load_saved
 from pipeline.data.reading.plan import Unit
 from pipeline.data.reading.readers import keys_of, read_piece, require_column
-from pipeline.data.reading.signatures import HEAD_BYTES, NO_TEXT, is_clean, unreadable
+from pipeline.data.reading.recognise import (
+    COMPRESSIONS,
+    KINDS,
+    READABLE,
+    UnreadableFileError,
+    file_source,
+    fingerprint,
+)
 from pipeline.errors import UserError, counted, nearest
 
-_KINDS: dict[str, Kind] = {
-    ".txt": "text",
-    ".text": "text",
-    ".md": "text",
-    ".rst": "text",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".csv": "csv",
-    ".parquet": "parquet",
-}
-_COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
-_READABLE = f"{' '.join(_KINDS)}, or .gz and .zst of these"
-_SKIPPABLE: dict[bytes, Compression] = {bytes([0x50 + n]) + b"\x2a\x4d\x18": "zstd" for n in range(16)}
-"""Frames without text (RFC 8878, 3.1.2): pzstd begins with one."""
-_MAGIC: dict[bytes, Compression] = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", **_SKIPPABLE}
 _SAVED_DATASET = ({"dataset_info.json", "state.json"}, {"dataset_dict.json"})
-_FIRST_LINE_BYTES = 64 * BLOCK_BYTES
 _SHOWN_FAULTS = 8
 
 
@@ -97,7 +83,7 @@ def changed_since(corpus: Corpus) -> list[str]:
             status = source.file.stat()
         except OSError:  # gone, and with it the question
             continue
-        if source.kind != "saved" and _fingerprint(source.file, source.name, status) != source.fingerprint:
+        if source.kind != "saved" and fingerprint(source.file, source.name, status) != source.fingerprint:
             changed.append(source.name)
     return changed
 
@@ -182,7 +168,7 @@ class _Search:
         faults: list[str] = []
         for where, (name, path) in files.items():
             try:
-                sources[where] = source = _file_source(path, name, self._notes)
+                sources[where] = source = file_source(path, name, self._notes)
             except UnreadableFileError as error:
                 faults.append(str(error))
                 continue
@@ -200,7 +186,7 @@ class _Search:
             names = [PurePosixPath(name) for name, _ in found]
             if unknown := sorted({name.suffix or name.name for name in names if not _known(name)}):
                 kinds = ", ".join(unknown[:8])
-                raise UserError(f"{text} holds data files of other kinds ({kinds}); wanted {_READABLE}")
+                raise UserError(f"{text} holds data files of other kinds ({kinds}); wanted {READABLE}")
             yield from found
             return
         try:
@@ -243,7 +229,7 @@ class _Search:
             links = ["links to folders"] if any(link.is_relative_to(folder) for link in self._links) else []
             kinds = ", ".join(sorted({path.suffix or "no suffix" for path in others}) + links) or "no files"
             raise UserError(
-                f"folder {folder} holds nothing to read ({kinds}); wanted {_READABLE}; "
+                f"folder {folder} holds nothing to read ({kinds}); wanted {READABLE}; "
                 "name a file itself to read it as plain text"
             )
         self._skipped.update(others)
@@ -319,154 +305,15 @@ def _there(path: Path) -> str:
 
 def _known(path: PurePath) -> bool:
     suffixes = path.suffixes
-    if suffixes and suffixes[-1].lower() in _COMPRESSIONS:
+    if suffixes and suffixes[-1].lower() in COMPRESSIONS:
         suffixes = suffixes[:-1]
-        return bool(suffixes) and suffixes[-1].lower() in _KINDS and suffixes[-1].lower() != ".parquet"
-    return bool(suffixes) and suffixes[-1].lower() in _KINDS
+        return bool(suffixes) and suffixes[-1].lower() in KINDS and suffixes[-1].lower() != ".parquet"
+    return bool(suffixes) and suffixes[-1].lower() in KINDS
 
 
 def _is_saved_dataset(folder: Path) -> bool:
     names = {entry.name for entry in folder.iterdir()}
     return any(marks <= names for marks in _SAVED_DATASET)
-
-
-class UnreadableFileError(UserError):
-    """A file is of a kind that no reader reads."""
-
-
-def _file_source(path: Path, name: str, notes: set[str]) -> Source:
-    """Look at a file: its beginning says how it is packed, the suffix of its name what is in it.
-
-    Raises `UnreadableFileError` for archives, other encodings and whatever else is recognised as no text.
-    """
-    try:
-        status = path.stat()
-        if not S_ISREG(status.st_mode):
-            raise UserError(f"{name} is neither a file nor a folder; a pipe cannot be read twice: write it to a file")
-        with path.open("rb") as file:
-            head = file.read(HEAD_BYTES)
-    except OSError as error:
-        raise UserError(f"cannot read {name}: {error.strerror}") from None
-    suffixes = [suffix.lower() for suffix in PurePosixPath(name).suffixes]
-    promised = _COMPRESSIONS.get(suffixes[-1], "") if suffixes else ""
-    compression: Compression = next((packed for magic, packed in _MAGIC.items() if head.startswith(magic)), "")
-    inner = suffixes[:-1] if promised else suffixes
-    kind = _KINDS.get(inner[-1]) if inner else None
-    unpacked = _unpacked_head(path, compression) if compression else head
-    _refuse_unreadable(name, unpacked, compression, listed=kind is not None)
-    kind = kind or "text"
-    if promised and compression != promised:
-        notes.add(_broken_promise(name, promised, compression, kind, head))
-    if head.startswith(b"PAR1") and kind != "parquet":
-        notes.add(f"{name} is parquet, whatever its suffix says: read as such")
-        kind = "parquet"
-    if kind == "json":
-        kind = _json_kind(path, compression)
-    elif kind in ("text", "csv") and _holds_json_lines(path, compression, unpacked):
-        notes.add(f"{name} holds JSON lines, whatever its suffix says: read as such")
-        kind = "jsonl"
-    if kind == "parquet" and head and not head.startswith(b"PAR1"):
-        remedy = "unpack it" if compression else "copy it again"
-        raise UnreadableFileError(
-            f"{name} is not a parquet file: it begins with {head[:4]!r}, wanted b'PAR1'; {remedy}"
-        )
-    where = "" if name == str(path) else str(path)
-    return Source(name, kind, compression, status.st_size, _fingerprint(path, name, status), path=where)
-
-
-def _unpacked_head(path: Path, compression: Compression) -> bytes:
-    """The beginning of the text of a compressed file; of a damaged one, what there is."""
-    head = b""
-    try:
-        with open_stream(path, compression, name=str(path), drop_bom=False) as stream:
-            while len(head) < HEAD_BYTES and (block := stream.read1(HEAD_BYTES - len(head))):
-                head += block
-    except UserError:  # reading it will say what is wrong
-        pass
-    return head
-
-
-def _refuse_unreadable(name: str, head: bytes, compression: Compression, *, listed: bool) -> None:
-    """Raise `UnreadableFileError` for content that is recognised as no text; `listed`: its suffix is one of ours."""
-    within = f" within {compression}" if compression else ""
-    if head.startswith(b"PAR1") and not compression:
-        return
-    if compression and (packed := next((packed for magic, packed in _MAGIC.items() if head.startswith(magic)), "")):
-        raise UnreadableFileError(f"{name} is {packed}{within}: unpack it once, or --exclude it")
-    if compression and head.startswith(b"PAR1"):
-        raise UnreadableFileError(f"{name} is parquet{within}: unpack it, or --exclude it")
-    if found := unreadable(head):
-        what, remedy = found
-        raise UnreadableFileError(f"{name} is {what}{within}: {remedy}, or --exclude it")
-    if not listed and (control := NO_TEXT.search(head)):
-        raise UnreadableFileError(
-            f"{name} is no text{within}: it has a byte {control.group()[0]:#04x} at {control.start()}; "
-            f"wanted {_READABLE}, or text under any name; --exclude it"
-        )
-
-
-def _broken_promise(name: str, promised: Compression, found: Compression, kind: Kind, head: bytes) -> str:
-    """What to say of a file that its suffix calls packed otherwise than it is; refused unless it could be plain."""
-    if not head:
-        return f"{name} is empty, which no {promised} file is; copy it again if it should hold text"
-    if not found and not _is_plain(kind, head):
-        wanted = next(magic for magic, packed in _MAGIC.items() if packed == promised)
-        raise UnreadableFileError(
-            f"{name} is no {promised} file, nor {kind}: it begins with {head[:4]!r}, wanted {wanted!r}; copy it again, "
-            "unpack it, or --exclude it"
-        )
-    return f"{name} is {found or 'not compressed'}, whatever its suffix says: read as such"
-
-
-def _is_plain(kind: Kind, head: bytes) -> bool:
-    """Whether the beginning of a file is that of a file of that kind, not compressed."""
-    if head.startswith(b"PAR1"):
-        return True
-    first = head.removeprefix(BOM).lstrip()[:1]
-    return is_clean(head) and (kind not in ("jsonl", "json") or first in (b"{", b"[", b""))
-
-
-def _fingerprint(path: Path, name: str, status: os.stat_result) -> str:
-    """Size and time of change of a file.
-
-    The name of a file of the hub holds its revision, and in the cache it is called by a digest of its content: unlike
-    the time of change, neither depends on when it was downloaded.
-    """
-    return f"{status.st_size}-{path.resolve().name if '://' in name else status.st_mtime_ns}"
-
-
-def _json_kind(path: Path, compression: Compression) -> Kind:
-    """A `.json` file whose first line is an object by itself holds one object a line, as many do."""
-    try:
-        with open_stream(path, compression, name=str(path)) as stream:
-            if stream.peek(1)[:1] == b"[":
-                return "json"
-            first = b""
-            while not first and stream.peek(1):
-                first = stream.readline(_FIRST_LINE_BYTES).strip()
-            second = stream.peek(1).lstrip()
-    except UserError:  # reading it will say what is wrong
-        return "json"
-    return "jsonl" if first.startswith(b"{") and first.endswith(b"}") and second[:1] in (b"", b"{") else "json"
-
-
-def _holds_json_lines(path: Path, compression: Compression, head: bytes) -> bool:
-    """Whether the first two lines of a file are JSON objects that share a key, as records do."""
-    if not head.removeprefix(BOM).lstrip().startswith(b"{"):
-        return False
-    objects: list[dict[str, object]] = []
-    try:
-        with open_stream(path, compression, name=str(path)) as stream:
-            while len(objects) < 2 and (line := stream.readline(_FIRST_LINE_BYTES)):
-                if line.isspace():
-                    continue
-                value = orjson.loads(line)
-                if not isinstance(value, dict):
-                    return False
-                objects.append(value)
-    except (UserError, orjson.JSONDecodeError):
-        return False
-    return len(objects) == 2 and bool(objects[0].keys() & objects[1].keys())
 
 
 def _saved_source(folder: Path) -> Source:
