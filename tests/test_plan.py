@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from pipeline.data.reading.bytestream import CutFinder
 from pipeline.data.reading.corpus import find_corpus, read_unit
-from pipeline.data.reading.formats import TEXT_CHUNK_BYTES, Document, Piece, Rejected, Source, TextRules
+from pipeline.data.reading.formats import TEXT_CHUNK_BYTES, Piece, Source, TextRules
 from pipeline.data.reading.plan import Unit, cut_stream, plan_units
 from pipeline.data.reading.readers import column_bytes
 from pipeline.errors import UserError
@@ -166,44 +166,21 @@ def test_a_damaged_stream_gives_its_parts_and_then_the_offset(tmp_path: Path, su
     assert len(records) == written.count(b"\n"), "records that end before the damage"
 
 
-TEXTS = [f"text {i}, {'x' * (i % 40)}" + '\n"quoted"' * (i % 3) for i in range(600)]
-
-
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("kind", ["csv", "json"])
-def test_tables_and_arrays_are_cut_into_files_of_their_own(tmp_path: Path, kind: str, packed: bool) -> None:
+def test_tables_and_arrays_are_one_unit(tmp_path: Path, kind: str, packed: bool) -> None:
+    texts = [f"text {i}, {'x' * (i % 40)}" + '\n"quoted"' * (i % 3) for i in range(600)]
     rows = io.StringIO(newline="")
-    csv.writer(rows).writerows([["text", "id"], *([text, i] for i, text in enumerate(TEXTS))])
-    objects = json.dumps([{"text": text, "id": i} for i, text in enumerate(TEXTS)], indent=1)
+    csv.writer(rows).writerows([["text", "id"], *([text, i] for i, text in enumerate(texts))])
+    objects = json.dumps([{"text": text, "id": i} for i, text in enumerate(texts)], indent=1)
     content = b"\xef\xbb\xbf" + (rows.getvalue() if kind == "csv" else objects).encode()
     path = tmp_path / (f"a.{kind}.gz" if packed else f"a.{kind}")
     path.write_bytes(gzip.compress(content) if packed else content)
     rules = TextRules(unit_bytes=2000)
     (unit,) = plan(path, rules=rules)
-    assert unit.stream
-    parts = list(cut_stream(unit, rules, into=lambda part: tmp_path / f"part{part}"))
-    assert len(parts) > 10
-    texts: list[str] = []
-    for number, part in enumerate(parts):
-        written = (tmp_path / f"part{number}").read_bytes().decode()
-        alone = [
-            row["text"]
-            for row in (csv.DictReader(io.StringIO(written, newline="")) if kind == "csv" else json.loads(written))
-        ]
-        records, counted = drain(part, rules)
-        assert texts_of(records) == alone
-        assert counted.rows == {0: len(alone)}
-        assert number == len(parts) - 1 or 2000 <= part.size < 2400
-        texts += alone
-    assert texts == TEXTS
-    damaged = tmp_path / f"damaged.{kind}"
-    damaged.write_bytes(content.rstrip()[:-9])
-    (unit,) = plan(damaged, rules=rules)
-    found: list[Document | Rejected] = []
-    cuts = cut_stream(unit, rules, into=lambda part: tmp_path / f"part{part}")
-    with pytest.raises(UserError, match="does not end"):
-        found.extend(record for part in cuts for record in read_unit(part, rules))
-    assert texts_of(found) == TEXTS[: len(TEXTS) - 1]
+    records, counted = drain(unit, rules)
+    assert texts_of(records) == texts
+    assert counted.rows == {0: 600}
 
 
 @given(

@@ -78,7 +78,7 @@ def _holds_what_was_prepared(folder: Path, manifest: Manifest, number: int, sour
 
 def _rules_of(manifest: Manifest) -> TextRules | None:
     """What made documents of inputs; None for a manifest that does not say."""
-    wanted = ("unit_bytes", "max_document_bytes", "long_documents", "invalid_utf8")
+    wanted = ("unit_bytes", "max_document_bytes", "max_record_bytes", "long_documents", "invalid_utf8")
     settings = manifest.settings
     if not settings.keys() >= {"text_key", "text_separator", *wanted}:
         return None

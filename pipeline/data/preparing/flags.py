@@ -101,6 +101,10 @@ class DocumentFlags(Section):
     """Leave out files that match."""
     max_doc_bytes: Annotated[int, BeforeValidator(_size), Field(ge=1024), _shown_as("N[K|M|G]")] = 2**26
     """Longest document (default: 64M)."""
+    max_record_bytes: Annotated[
+        Annotated[int, BeforeValidator(_size), Field(ge=1024)] | None, _shown_as("N[K|M|G]")
+    ] = None
+    """Longest record in its file, keys and all (default: 64M, or --max-doc-bytes if that is more)."""
     long_documents: Literal["quarantine", "cut"] = "quarantine"
     """What becomes of longer ones: set aside, or cut at white space."""
     invalid_utf8: Literal["quarantine", "replace"] = "quarantine"

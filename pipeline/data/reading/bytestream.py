@@ -6,12 +6,12 @@ and `CutFinder`, which says where a range of records ends while the bytes go by.
 
 from __future__ import annotations
 
+import gzip
 import io
 import zlib
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-import pyarrow as pa
 import zstandard
 
 from pipeline.errors import UserError
@@ -22,12 +22,7 @@ BOM = b"\xef\xbb\xbf"
 Compression = Literal["", "gzip", "zstd"]
 _PACKED_BYTES = 4096
 """Fed to zstandard at once: a block of 4 bytes may unpack to 128 KiB, so this bounds what comes back to 128 MiB."""
-_UNPACKING_ERRORS = (OSError, EOFError, pa.ArrowException, zlib.error, zstandard.ZstdError)
-
-
-class _Readable(Protocol):
-    def readinto(self, buffer: Any, /) -> int: ...
-    def close(self) -> None: ...
+_UNPACKING_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError)
 
 
 def open_stream(
@@ -44,16 +39,16 @@ def open_stream(
 
     Opening and reading raise `UserError` naming `name` and the offset in the text where the file is damaged, ends
     early (compressed data cut short; a plain file that is shorter than `stop`) or cannot be read; and `damage` at the
-    end of what was saved of a file. `read1` and `readline` give all that precedes; `read` drops what it had of a block.
-    The caller closes.
+    end of what was saved of a file. `read1` and `readline` give what precedes, but for the text of a few kilobytes of
+    compressed data in which the damage lies; `read` drops what it had of a block. The caller closes.
     """
     try:
-        source: _Readable
+        source: io.IOBase
         if compression:
-            source, stop = _Packed(path, compression), None
+            source, stop = _Gzip(path) if compression == "gzip" else _Zstd(path), None
         else:
-            source = file = path.open("rb", buffering=0)
-            file.seek(start)
+            source = path.open("rb", buffering=0)
+            source.seek(start)
         left = None if stop is None else stop - start
         raw = _Raw(source, name, start, left=left, drop_bom=drop_bom, damage=damage)
         return io.BufferedReader(raw, BLOCK_BYTES)
@@ -61,128 +56,49 @@ def open_stream(
         raise UserError(f"cannot read {name}: {error.strerror or error}") from None
 
 
-def _arrow(path: Path, compression: Compression) -> Any:
-    """Arrow's streams are fast, take several frames or members, release the interpreter lock and notice truncation."""
-    return pa.CompressedInputStream(pa.OSFile(str(path), "rb"), compression)
+class _Gzip(gzip.GzipFile):
+    """The text of a file of gzip; what was unpacked is given before an error that comes after it."""
+
+    def readinto(self, buffer: Any, /) -> int:
+        return self.readinto1(buffer)  # `GzipFile` would go on until the buffer is full, or drop it all
 
 
-class _Packed:
-    """Text of a compressed file: by Arrow as long as it can, and from where it fails on by `_Members`.
+class _Zstd(io.RawIOBase):
+    """The text of a file of zstd, of one frame or many, with windows up to 2 GiB (`zstd --long=31`).
 
-    Arrow drops what it had unpacked of a block when it comes to damage, and takes some sound files for damaged (padding
-    after the last member, frames with long windows). Members drop what they had unpacked of one step, so they are tried
-    once more, byte by byte, before damage is damage.
+    `zstandard` has a reader of its own, but that takes a file that was cut short for a whole one.
     """
 
-    def __init__(self, path: Path, compression: Compression) -> None:
-        self._path, self._compression = path, compression
-        self._position = 0
-        self._way: Any = _arrow(path, compression)
-
-    def readinto(self, view: memoryview) -> int:
-        while True:
-            try:
-                size: int = self._way.readinto(view)
-            except _UNPACKING_ERRORS:
-                careful = self._more_careful()
-                if careful is None:
-                    raise
-                self._way.close()
-                self._way = careful
-                self._skip()
-            else:
-                self._position += size
-                return size
-
-    def close(self) -> None:
-        self._way.close()
-
-    def _more_careful(self) -> _Members | None:
-        if not isinstance(self._way, _Members):
-            return _Members(self._path, self._compression)
-        return self._way.by_bytes()
-
-    def _skip(self) -> None:
-        """Bring the new way to where the old one failed."""
-        left = self._position
-        while left:
-            size = self._way.readinto(memoryview(bytearray(min(left, BLOCK_BYTES))))
-            if not size:
-                raise EOFError("the file was changed while it was read")
-            left -= size
-
-
-class _Members:
-    """Members of gzip, zero bytes between and after them ignored, or frames of zstd with windows up to 2 GiB.
-
-    What is sound is given to the byte; then `EOFError`, `zlib.error` or `ZstdError`. From `single_from` on, bytes are
-    fed one at a time, and nothing that was unpacked is lost to an error.
-    """
-
-    def __init__(self, path: Path, compression: Compression, single_from: int | None = None) -> None:
-        self._path, self._compression, self._single_from = path, compression, single_from
+    def __init__(self, path: Path) -> None:
         self._file = path.open("rb")
-        self._member: Any = None
-        self._fed = 0
-        self._padded = False
+        self._frame: Any = None
         self._packed = b""
         self._ready = memoryview(b"")
 
-    def by_bytes(self) -> _Members | None:
-        """The same anew, byte by byte from the step that failed; None where that would bring nothing more."""
-        if self._single_from is not None or not self._packed:
-            return None
-        return _Members(self._path, self._compression, single_from=self._fed)
-
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: Any, /) -> int:
         while not self._ready:
-            self._packed = self._packed or self._next()
+            self._packed = self._packed or self._file.read(_PACKED_BYTES)
             if not self._packed:
-                if self._member is not None:
-                    raise EOFError("Truncated compressed stream")
+                if self._frame is not None:
+                    raise EOFError("the file ends within a frame")
                 return 0
-            self._member = self._member or self._begun()
-            self._ready = memoryview(self._member.decompress(self._packed))
-            self._packed = b""
-            if self._member.eof:
-                self._packed, self._member = self._unpadded(self._member.unused_data), None
+            self._frame = self._frame or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+            self._ready, self._packed = memoryview(self._frame.decompress(self._packed)), b""
+            if self._frame.eof:
+                self._packed, self._frame = self._frame.unused_data, None
         size = min(len(buffer), len(self._ready))
-        buffer[:size] = self._ready[:size]
-        self._ready = self._ready[size:]
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
         return size
 
     def close(self) -> None:
         self._file.close()
-
-    def _begun(self) -> Any:
-        if self._compression == "gzip":
-            return zlib.decompressobj(zlib.MAX_WBITS | 16)
-        return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
-
-    def _next(self) -> bytes:
-        """Bytes to feed; none at the end of the file."""
-        packed = b""
-        while not packed:
-            self._fed = self._file.tell()
-            single = self._single_from is not None and self._fed >= self._single_from
-            block = self._file.read(1 if single else _PACKED_BYTES)
-            if not block:
-                break
-            packed = self._unpadded(block) if self._padded and self._member is None else block
-        return packed
-
-    def _unpadded(self, block: bytes) -> bytes:
-        """What follows a member, less the zero bytes that tapes and some tools put there."""
-        self._padded = self._compression == "gzip"
-        return block.lstrip(b"\0") if self._padded else block
+        super().close()
 
 
 class _Raw(io.RawIOBase):
     """At most `left` bytes of a source; what goes wrong in it is the user's to know."""
 
-    def __init__(
-        self, source: _Readable, name: str, position: int, *, left: int | None, drop_bom: bool, damage: str
-    ) -> None:
+    def __init__(self, source: Any, name: str, position: int, *, left: int | None, drop_bom: bool, damage: str) -> None:
         self._source, self._name, self._position, self._left = source, name, position, left
         self._damage = damage
         self._head = b""
@@ -208,7 +124,7 @@ class _Raw(io.RawIOBase):
         if self._left is not None:
             view = view[: self._left]
         try:
-            size = self._source.readinto(view)
+            size: int = self._source.readinto(view)
         except _UNPACKING_ERRORS as error:
             raise UserError(
                 f"cannot read {self._name} past byte {self._position} of its text: {error}; "

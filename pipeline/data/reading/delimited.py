@@ -1,7 +1,7 @@
 """Streams of bytes to their records: separated texts, elements of a JSON array, rows of CSV.
 
-In: a buffered stream. Out: the bytes of each record in order, or `Overlong` for one of more than `limit` bytes, of
-which only the beginning was ever held. Nothing is parsed here beyond what tells where a record ends.
+In: a buffered stream. Out: each record in order, or `Overlong` for one of more than `limit` bytes, of which only the
+beginning was ever held. JSON is not parsed here beyond what tells where an element ends.
 """
 
 from __future__ import annotations
@@ -9,17 +9,13 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from pipeline.data.reading.bytestream import BLOCK_BYTES
 from pipeline.errors import UserError
 
 HEAD_BYTES = 1024
-_UNTANGLED = 100
-"""So many rows at most are taken out of a tangled one, or joined to one begun in it: each may cost a new reading."""
-Fragments = Iterator[tuple[bytes, bool]]
-"""Pieces of records in order, and whether the record ends with each."""
 
 
 class Overlong(NamedTuple):
@@ -75,14 +71,6 @@ def separated(stream: io.BufferedReader, separator: bytes, limit: int) -> Iterat
         yield gathered.take()
 
 
-def _records(fragments: Fragments, limit: int) -> Iterator[bytes | Overlong]:
-    gathered = _Gathered(limit)
-    for fragment, ends in fragments:
-        gathered.add(fragment)
-        if ends:
-            yield gathered.take()
-
-
 _JSON_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+(")?|[\[\]{},]', re.DOTALL)
 
 
@@ -92,11 +80,7 @@ def json_elements(stream: io.BufferedReader, limit: int, *, name: str) -> Iterat
     Raises `UserError` with the offset where an element begins that does not end (after those before it were yielded),
     and for anything that follows the array.
     """
-    return _records(json_fragments(stream, name=name), limit)
-
-
-def json_fragments(stream: io.BufferedReader, *, name: str) -> Fragments:
-    """The same in fragments, without the commas between them."""
+    gathered = _Gathered(limit)
     depth, count = 0, 0
     position, size, blank = 1, 0, True  # of the element: where it begins, its bytes so far, whether all are white
     prefix = b""  # opens the string anew that the block before left open
@@ -116,7 +100,8 @@ def json_fragments(stream: io.BufferedReader, *, name: str) -> Fragments:
                 last = window[begin : match.start()]
                 position += size + len(last) + 1
                 if token == 0x2C or count or not blank or last.strip():
-                    yield last, True
+                    gathered.add(last)
+                    yield gathered.take()
                     count += 1
                 begin, size, blank = match.end(), 0, True
                 if token == 0x5D:
@@ -124,7 +109,7 @@ def json_fragments(stream: io.BufferedReader, *, name: str) -> Fragments:
                     return
         rest = window[begin:]
         size, blank = size + len(rest), blank and not rest.strip()
-        yield rest, False
+        gathered.add(rest)
     raise UserError(
         f"cannot read {name}: element {count} begins at byte {position} of the array and does not end; "
         "the file is damaged or incomplete"
@@ -142,118 +127,89 @@ def _nothing_more(stream: io.BufferedReader, rest: bytes, name: str, position: i
     )
 
 
-_CSV_FIELD = re.compile(rb'(?:"(?:[^"]++|"")*+(")?)?[^,\r\n]*+(,|\r\n|\r|\n)?')
+class BadRow(NamedTuple):
+    """A row that is no CSV, why, and how it begins."""
+
+    reason: str
+    head: str
 
 
-def csv_records(stream: io.BufferedReader, limit: int, *, name: str) -> Iterator[bytes | Overlong]:
-    """Rows with their line ends, blank ones too. Line ends within quotes belong to the row.
-
-    Raises `UserError` with row and offset for one whose quotes do not end, after those before it were yielded: whether
-    a quote too many is in it, or the file was cut within a text, cannot be told, nor then what is a row after it.
-    """
-    return _records(csv_fragments(stream, name=name), limit)
+class _TooLongError(Exception):
+    """A row goes over the limit."""
 
 
-def csv_fragments(stream: io.BufferedReader, *, name: str) -> Fragments:
-    """The same in fragments."""
-    prefix, after_return = b"", False  # `prefix` stands for the field that the block before left open
-    rows, position, size = -1, 0, 0  # that hold something, without the header; where this one begins; its bytes so far
-    while block := stream.read1(BLOCK_BYTES):
-        if after_return and block.startswith(b"\n"):
-            block, position = block[1:], position + 1
-        window = prefix + block
-        place, begin, after_return, prefix = 0, len(prefix), False, b""
-        while place < len(window):
-            match = _CSV_FIELD.match(window, place)
-            assert match is not None, "a field may be empty"
-            end = match.group(2)
-            if end is None:
-                prefix = _open_field(window, match)
-            elif end != b",":
-                after_return = end == b"\r" and match.end() == len(window)
-                size += match.end() - begin
-                rows, position, size = rows + (size > len(end)), position + size, 0
-                yield window[begin : match.end()], True
-                begin = match.end()
-            place = match.end()
-        size += len(window) - begin
-        yield window[begin:], False
-    if prefix == b'"':
-        where = "the header" if rows < 0 else f"row {rows}"
-        raise UserError(
-            f"cannot read {name} past byte {position} of its text: {where} begins there and has a quote that does not "
-            "end; the file is incomplete, or the quote must be closed or doubled"
-        )
-    if size:
-        yield b"", True
+class _Lines:
+    """The lines of a table, from which `csv` makes rows; raises `_TooLongError` when those of one row are too long."""
 
+    def __init__(self, stream: io.BufferedReader, limit: int) -> None:
+        self._text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
+        self._limit = limit
+        self.position = self._size = self._quotes = 0  # where the row begins; its bytes and quotes so far
+        self.head = ""
+        self._line = ""
 
-def _open_field(window: bytes, match: re.Match[bytes]) -> bytes:
-    """The shortest field that leaves its reader where this unfinished one does."""
-    if window[match.start()] != 0x22:
-        return b"x"
-    if match.group(1) is None:
-        return b'"'
-    return b'""' if match.end() == match.end(1) else b"x"
+    def begin_row(self) -> None:
+        """What comes next is a row of its own."""
+        self.position += self._size
+        self._size = self._quotes = 0
+        self.head = ""
 
+    def __iter__(self) -> Iterator[str]:
+        return self
 
-def csv_fields(row: bytes) -> list[str]:
-    """What the csv module makes of a row; bad bytes stay as surrogates."""
-    return next(csv.reader((row.decode(errors="surrogateescape"),)), [])
+    def __next__(self) -> str:
+        line = self._read(self._limit - self._size + 1)
+        if not line:
+            raise StopIteration
+        if self._size > self._limit:
+            raise _TooLongError
+        return line
 
-
-def is_tangled(row: bytes) -> bool:
-    """Whether a row goes over several lines and has text after a closing quote: a quote before it does not close.
-
-    The csv module makes one long text of the rows up to there.
-    """
-    if b"\n" not in (inner := row.rstrip(b"\r\n")) and b"\r" not in inner:
-        return False
-    try:
-        next(csv.reader((row.decode(errors="surrogateescape"),), strict=True))
-    except csv.Error:
+    def skip_row(self) -> bool:
+        """Read on to the end of the row, block by block; False if it does not end."""
+        while self._quotes % 2 or not self._line.endswith(("\n", "\r")):
+            if not self._read(BLOCK_BYTES):
+                return not self._quotes % 2
         return True
-    return False
+
+    def _read(self, size: int) -> str:
+        self._line = line = self._text.readline(size)
+        self._size += len(line) if line.isascii() else len(line.encode(errors="surrogateescape"))
+        self._quotes += line.count('"')
+        if len(self.head) < HEAD_BYTES:
+            self.head += line[:HEAD_BYTES]
+        return line
 
 
-def csv_rows(records: Iterable[bytes | Overlong], columns: int) -> Iterator[tuple[bytes | Overlong, bool]]:
-    """Rows of a table of so many columns, and whether they are sound.
+def csv_rows(stream: io.BufferedReader, limit: int, *, name: str) -> Iterator[list[str] | Overlong | BadRow]:
+    """The fields of each row that holds something; bad bytes stay as surrogates.
 
-    Of a tangled one, the first line is not, and from the second line on it is read anew, with what follows if need be.
-    In one column, a line of a text cannot be told from a row: there the whole is not sound.
+    What a row is, the csv module says, which is strict. Raises `UserError` with row and offset for one whose quotes do
+    not end, after those before it were yielded: where the rows after it begin cannot be told.
     """
-    open_row, tries = b"", 0  # begun within a tangled row, and goes on in the next
-    for record in records:
-        if open_row and (isinstance(record, Overlong) or tries == _UNTANGLED):
-            yield open_row, False
-            open_row = b""
-        if isinstance(record, Overlong) or not (open_row or is_tangled(record)):
-            yield record, True
-        elif columns < 2:
-            yield record, False
-        else:
-            tries = tries + 1 if open_row else 0
-            open_row = yield from _untangled(open_row + record, columns)
-    if open_row:
-        yield open_row, False
-
-
-def _untangled(rows: bytes, columns: int) -> Generator[tuple[bytes, bool], None, bytes]:
-    """Returns the last of the rows if it does not end."""
-    for _ in range(_UNTANGLED):
-        at = 0
+    csv.field_size_limit(2**31 - 1)  # the limit is one on rows; a C long bounds this one
+    lines, row = _Lines(stream, limit), 0
+    reader = csv.reader(lines, strict=True)
+    while True:
+        lines.begin_row()
+        found: list[str] | Overlong | BadRow
         try:
-            for row in csv_records(io.BufferedReader(io.BytesIO(rows)), len(rows), name=""):
-                assert isinstance(row, bytes), "nothing is longer than all"
-                if is_tangled(row):
-                    break
-                at += len(row)
-                yield row, len(csv_fields(row)) in (0, columns)
-            else:
-                return b""
-        except UserError:
-            return rows[at:]
-        line, end, rows = rows[at:].partition(b"\n" if b"\n" in rows[at:] else b"\r")
-        yield line + end, False
-    yield rows, False
-    return b""
+            found = next(reader)
+        except StopIteration:
+            return
+        except _TooLongError:
+            found = Overlong(lines.head.encode(errors="surrogateescape")[:HEAD_BYTES])
+            ends = lines.skip_row()
+        except csv.Error as error:
+            found, ends = BadRow(f"malformed CSV: {error}", lines.head), "end of data" not in str(error)
+        else:
+            ends = True
+        if not ends:
+            where = f"row {row - 1}" if row else "the header"
+            raise UserError(
+                f"cannot read {name} past byte {lines.position} of its text: {where} begins there and has a quote that "
+                "does not end; the file is incomplete, or the quote must be closed or doubled"
+            )
+        if found:
+            row += 1
+            yield found

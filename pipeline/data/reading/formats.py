@@ -14,20 +14,17 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from pipeline.data.reading.bytestream import MIB, Compression, character_start
-from pipeline.data.reading.longtext import LongText
 from pipeline.errors import UserError, printable
 
 TEXT_CHUNK_BYTES = MIB
 """Documents of a large text file without separators are about this long."""
 EXCERPT_CHARACTERS = 200
-RECORD_FACTOR = 8
-"""A record over this many times `max_document_bytes` is not parsed: JSON may write a byte in six, beside other keys."""
 Kind = Literal["text", "jsonl", "json", "csv", "parquet", "saved"]
 EMPTY = "text is empty"
 """The reason for dropping what is no fault: code has empty files, records have empty texts."""
 _REMEDIES = {
     "text over ": "--max-doc-bytes N allows longer ones, --long-documents cut keeps them in parts",
-    "record over ": "--max-doc-bytes N allows longer ones",
+    "record over ": "--max-record-bytes N allows longer ones",
     "invalid UTF-8": "--invalid-utf8 replace keeps it with U+FFFD in place of the bad bytes",
     "lone surrogate": "--invalid-utf8 replace keeps it with U+FFFD in its place",
     "no key ": "--text-key KEY names another",
@@ -105,7 +102,8 @@ class TextRules:
     """What is a document: the text under `key` of a record, a whole plain text, or its parts between separators.
 
     A plain text of more than `unit_bytes` without a separator is cut into documents at newlines. A longer document than
-    `max_document_bytes` is rejected, or cut after white space. Bytes that are no UTF-8 and lone surrogates make a
+    `max_document_bytes` is rejected, or cut after white space; a record that takes more than `record_bytes` in its
+    file, keys and all, is not even parsed. Bytes that are no UTF-8 and lone surrogates make a
     record rejected, or are replaced one by one with U+FFFD. Raises `UserError` for sizes that nothing fits into.
     """
 
@@ -115,6 +113,7 @@ class TextRules:
     max_document_bytes: int = 64 * MIB
     long_documents: Literal["quarantine", "cut"] = "quarantine"
     invalid_utf8: Literal["quarantine", "replace"] = "quarantine"
+    max_record_bytes: int | None = None
 
     def __post_init__(self) -> None:  # noqa: D105 - the class says what it refuses
         if self.unit_bytes < 1 or self.max_document_bytes < 4:  # a character may take 4 bytes
@@ -124,9 +123,12 @@ class TextRules:
             )
 
     @property
-    def max_record_bytes(self) -> int:
-        """What a record may take in its file, to be parsed."""
-        return RECORD_FACTOR * self.max_document_bytes
+    def record_bytes(self) -> int:
+        """The longest record: `max_record_bytes`, else 64 MiB or the longest document, whatever is more.
+
+        Parsed JSON may take 24 times as much memory as it does in the file.
+        """
+        return max(64 * MIB, self.max_document_bytes) if self.max_record_bytes is None else self.max_record_bytes
 
 
 @dataclass(frozen=True)
@@ -157,8 +159,6 @@ class Judge:
             except UnicodeError:
                 return self._mended(value, row)
             return self._fitting(content, row)
-        if isinstance(value, LongText):
-            return self._long(value, row)
         if isinstance(value, Fault):
             return self.rejected(row, value.reason, value.found)
         if value is None:
@@ -167,7 +167,7 @@ class Judge:
 
     def overlong(self, row: int, head: bytes) -> list[Record]:
         """The rejection of a record that was never held whole."""
-        return self.rejected(row, f"record over {self.rules.max_record_bytes} bytes", head)
+        return self.rejected(row, f"record over {self.rules.record_bytes} bytes", head)
 
     def rejected(self, row: int, reason: str, found: object) -> list[Record]:
         """A rejection, with the beginning of what was found."""
@@ -186,26 +186,8 @@ class Judge:
         if len(content) <= limit:
             return [Document(content, self.source, row)]
         if self.rules.long_documents == "cut":
-            return (Document(part, self.source, row) for part in cut_long([content], limit))
+            return (Document(part, self.source, row) for part in cut_long(content, limit))
         return self.rejected(row, f"text over {limit} bytes", content)
-
-    def _long(self, text: LongText, row: int) -> Iterable[Record]:
-        """As for other texts, without holding it: it is decoded once to be judged, and once more to be used."""
-        size = replaced = 0
-        for part in text.parts():
-            found = _SURROGATES.findall(part)
-            if found and self.rules.invalid_utf8 != "replace":
-                return self.rejected(row, _why_not_utf8(part), text.head())
-            replaced += len(found)
-            size += len(part.encode(errors="replace")) + 2 * len(found)  # "?" takes a byte, U+FFFD three
-        self.replaced += replaced
-        limit = self.rules.max_document_bytes
-        contents = (_SURROGATES.sub("\ufffd", part).encode() for part in text.parts())
-        if size <= limit:
-            return [Document(b"".join(contents), self.source, row)]
-        if self.rules.long_documents == "cut":
-            return (Document(part, self.source, row) for part in cut_long(contents, limit))
-        return self.rejected(row, f"text over {limit} bytes", next(contents))
 
 
 def _why_not_utf8(text: str) -> str:
@@ -215,24 +197,17 @@ def _why_not_utf8(text: str) -> str:
     return "invalid UTF-8" if escaped else "lone surrogate"
 
 
-def cut_long(contents: Iterable[bytes], limit: int) -> Iterator[bytes]:
-    """`contents`, end to end, in parts of at most `limit` bytes.
-
-    They are cut after white space in the last eighth of a part, or else between characters.
-    """
-    rest = bytearray()
-    for content in contents:
-        rest += content
-        start = 0
-        while len(rest) - start > limit:
-            end = start + limit
-            near = end - limit // 8
-            space = max(rest.rfind(white, near, end) for white in (b" ", b"\n", b"\t", b"\r"))
-            end = space + 1 if space >= 0 else character_start(rest, end)
-            yield bytes(memoryview(rest)[start:end])
-            start = end
-        del rest[:start]
-    yield bytes(rest)
+def cut_long(content: bytes, limit: int) -> Iterator[bytes]:
+    """`content` in parts of at most `limit` bytes, cut after white space in the last eighth, or between characters."""
+    start = 0
+    while len(content) - start > limit:
+        end = start + limit
+        near = end - limit // 8
+        space = max(content.rfind(white, near, end) for white in (b" ", b"\n", b"\t", b"\r"))
+        end = space + 1 if space >= 0 else character_start(content, end)
+        yield content[start:end]
+        start = end
+    yield content[start:]
 
 
 def excerpt(value: object) -> str:

@@ -1,16 +1,15 @@
 """Sources to units of work: where to cut, as a pure function of the sources and the rules.
 
 In: sources in order. Out: units of about 64 MB of text, each a list of pieces. Planning reads metadata and, of each
-large file, the places where it is cut, never whole files; the number of workers never enters. A compressed file, a
-table or an array that is larger than a unit cannot be cut by looking here and there: it becomes a stream unit, and
-`cut_stream` makes plain files of it.
+large file, the places where it is cut, never whole files; the number of workers never enters. A table or an array is
+one unit, for where its rows begin is known only to who read what is before them. A compressed file that is larger than
+a unit becomes a stream unit, and `cut_stream` makes plain files of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from io import BufferedReader
 from pathlib import Path
 from typing import IO
@@ -19,7 +18,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data.reading.bytestream import BLOCK_BYTES, CutFinder, open_stream
-from pipeline.data.reading.delimited import csv_fields, csv_fragments, is_tangled, json_fragments
 from pipeline.data.reading.formats import Piece, Source, TextRules
 from pipeline.data.reading.readers import column_bytes, require_column
 from pipeline.errors import UserError
@@ -27,7 +25,6 @@ from pipeline.errors import UserError
 _COMPRESSION_RATIO = 4
 """Expected text bytes of a compressed byte: decides whether a file is cut as a stream, and feeds the progress bar."""
 _FIRST_LOOK_BYTES = 2**16
-_LOOKED_AT_BYTES = 2**24
 
 
 @dataclass(frozen=True)
@@ -88,16 +85,14 @@ def plan_units(sources: Sequence[Source], rules: TextRules) -> tuple[Unit, ...]:
 def cut_stream(unit: Unit, rules: TextRules, *, into: Callable[[int], Path]) -> Iterator[Unit]:
     """Read the source of a stream unit once; part k goes to the plain file `into(k)` and is then yielded.
 
-    Parts of lines and text are what a plain file of the same content would be cut into, parts of CSV and of a JSON
-    array are files of such, with the header. Where the source is damaged, the part begun is the last one: its piece
-    says what is wrong, and reading it ends with that; `UserError` where no part is begun. A part whose file cannot be
-    written (`OSError`) is removed.
+    Parts are what a plain file of that content would be cut into. Where the source is damaged, the part begun is the
+    last one: its piece says what is wrong, and reading it ends with that; `UserError` where no part is begun. A part
+    whose file cannot be written (`OSError`) is removed.
     """
     (piece,) = unit.pieces
     source, start, number = piece.source, 0, 0
-    by_rows = source.kind in ("csv", "json")
-    with open_stream(source.file, source.compression, name=source.name, stop=source.size, drop_bom=by_rows) as stream:
-        parts = _RowParts(stream, source, rules) if by_rows else _LineParts(stream, source, rules)
+    with open_stream(source.file, source.compression, name=source.name, drop_bom=False) as stream:
+        parts = _LineParts(stream, source, rules)
         while parts.more():
             path, damage = into(number), ""
             try:
@@ -148,73 +143,7 @@ class _LineParts:
             block = self._stream.read1(BLOCK_BYTES)
 
 
-class _RowParts:
-    """Parts of a table or an array, each as if it were a file of its own.
-
-    They are cut after two rows in which no quote is amiss, for what follows such a one may belong to it.
-    """
-
-    def __init__(self, stream: BufferedReader, source: Source, rules: TextRules) -> None:
-        self._unit_bytes, self._is_table = rules.unit_bytes, source.kind == "csv"
-        self._fragments: Iterator[tuple[bytes, bool]]
-        self._header, self._between, self._end = b"", b"", b""
-        self._next: tuple[bytes, bool] | None = None
-        if self._is_table:
-            # without empty ones that end nothing
-            self._fragments = filter(any, csv_fragments(stream, name=source.name))
-            self._header = self._first_row(source.name, rules.max_record_bytes)
-            return
-        while (head := stream.peek(1)[:1]).isspace():
-            stream.read(1)
-        if head == b"[":
-            self._header, self._between, self._end = stream.read(1), b",", b"]"
-            self._fragments = filter(any, json_fragments(stream, name=source.name))
-        else:  # one value: reading it will say what it is
-            self._fragments = ((block, False) for block in iter(partial(stream.read1, BLOCK_BYTES), b""))
-
-    def more(self) -> bool:
-        """Whether there is another part."""
-        self._next = self._next or next(self._fragments, None)
-        return self._next is not None
-
-    def write(self, file: IO[bytes]) -> None:
-        """Write the next part; what is there before damage is in it."""
-        file.write(self._header)
-        size, row, sound = 0, b"", 0
-        while self._next:
-            (fragment, ends), self._next = self._next, None
-            file.write(fragment)
-            size += len(fragment)
-            if size >= self._unit_bytes and len(row) < _LOOKED_AT_BYTES:
-                row += fragment
-            self._next = next(self._fragments, None)
-            if ends:
-                amiss = self._is_table and (len(row) >= _LOOKED_AT_BYTES or is_tangled(row))
-                sound = 0 if amiss or size < self._unit_bytes else sound + 1
-                row = b""
-                if sound == 2 or not self._next:
-                    break
-                file.write(self._between)
-        file.write(self._end)
-
-    def _first_row(self, name: str, limit: int) -> bytes:
-        row = bytearray()
-        for fragment, ends in self._fragments:
-            row += fragment
-            if len(row) > limit:
-                raise UserError(
-                    f"{name} is not valid CSV: no end to its first row, which begins with {bytes(row[:40])!r}"
-                )
-            if ends and csv_fields(bytes(row)):
-                return bytes(row)
-            if ends:
-                row.clear()
-        return b""
-
-
 def _is_stream(source: Source, rules: TextRules) -> bool:
-    if source.kind in ("csv", "json"):  # where a row begins is known only to who read what is before it
-        return source.size * (_COMPRESSION_RATIO if source.compression else 1) > rules.unit_bytes
     large = source.size * _COMPRESSION_RATIO > rules.unit_bytes
     return bool(source.compression) and source.kind in ("text", "jsonl") and large
 

@@ -6,7 +6,6 @@ whom. Each reader is a generator that yields records and returns how many rows i
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -19,16 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data.reading.bytestream import BLOCK_BYTES, MIB, character_start, open_stream
-from pipeline.data.reading.delimited import (
-    HEAD_BYTES,
-    Overlong,
-    csv_fields,
-    csv_records,
-    csv_rows,
-    json_elements,
-    separated,
-    skip_line,
-)
+from pipeline.data.reading.delimited import BadRow, Overlong, csv_rows, json_elements, separated, skip_line
 from pipeline.data.reading.formats import (
     TEXT_CHUNK_BYTES,
     Document,
@@ -42,13 +32,10 @@ from pipeline.data.reading.formats import (
     missing_key,
 )
 from pipeline.data.reading.hub import load_saved, saved_columns
-from pipeline.data.reading.longtext import ManyPartsError, without_long_strings
 from pipeline.errors import UserError
 
 _BATCH_BYTES, _BATCH_ROWS = 4 * MIB, 256
 _KEY_RECORDS = 100
-LONG_RECORD_BYTES = 16 * MIB
-"""JSON from this length on is not parsed whole, so that it is not held several times over."""
 _MALFORMED = "malformed JSON"
 Records = Generator[Record, None, int]
 
@@ -120,12 +107,12 @@ def keys_of(source: Source) -> list[str] | None:
         raise _damaged(source.name, error) from None
     with _stream(Piece(source, 0, 0, source.size, source.size)) as stream:
         if source.kind == "csv":
-            return _csv_header(csv_records(stream, rules.max_record_bytes, name=source.name), source.name)
+            return _csv_header(csv_rows(stream, rules.record_bytes, name=source.name), source.name)
         found: Iterator[object]
         if source.kind == "json":
             found = (_parsed(value) for value in _json_values(stream, rules, source.name))
         else:
-            found = map(_parsed, iter(partial(stream.readline, rules.max_record_bytes), b""))
+            found = map(_parsed, iter(partial(stream.readline, rules.record_bytes), b""))
         return next((list(record) for record in islice(found, _KEY_RECORDS) if isinstance(record, dict)), None)
 
 
@@ -159,7 +146,7 @@ def _read_text(piece: Piece, judge: Judge, first: int) -> Records:
     with _stream(piece) as stream:
         texts: Iterator[bytes | Overlong]
         if rules.separator is not None:
-            texts = separated(stream, rules.separator.encode(), rules.max_record_bytes)
+            texts = separated(stream, rules.separator.encode(), rules.record_bytes)
         else:
             whole = stream.read(rules.unit_bytes + 1) if piece.whole else b""  # a compressed text shows its length here
             fits = piece.whole and len(whole) <= rules.unit_bytes
@@ -198,17 +185,13 @@ def _chunk_end(content: bytes, start: int, step: int) -> int:
 def _read_jsonl(piece: Piece, judge: Judge, first: int) -> Records:
     """Rows are lines, counted with blank ones, which hold no record."""
     key, index, longest = judge.rules.key, piece.index, judge.rules.max_document_bytes
-    limit = judge.rules.max_record_bytes
-    long = min(limit, LONG_RECORD_BYTES)
+    limit = judge.rules.record_bytes
     loads, row = orjson.loads, first - 1
     with _stream(piece) as stream:
         for row, line in enumerate(iter(partial(stream.readline, limit + 1), b""), first):
-            if len(line) > long:
-                if len(line) > limit and not line.endswith(b"\n"):
-                    skip_line(stream)
-                    yield from judge.overlong(row, line)
-                elif not line.isspace():
-                    yield from judge.records(_field(_parsed(line), key), row)
+            if len(line) > limit and not line.endswith(b"\n"):
+                skip_line(stream)
+                yield from judge.overlong(row, line)
                 continue
             try:  # the way of nearly every line: nothing but what it needs
                 content = loads(line)[key].encode()
@@ -225,30 +208,6 @@ def _parsed(record: bytes | Overlong) -> object:
     """The value of some JSON, or the fault in it."""
     if isinstance(record, Overlong):
         return Fault("overlong", record.head)
-    return _parsed_long(record) if len(record) > LONG_RECORD_BYTES else _parsed_short(record)
-
-
-def _parsed_long(record: bytes) -> object:
-    """The value with a `LongText` for each long string that is an element of an object, or is itself the value."""
-    malformed = Fault(_MALFORMED, record[: 2 * HEAD_BYTES].strip())
-    try:
-        skeleton, longs = without_long_strings(record)
-        for text in longs.values():
-            for _ in text.parts():
-                pass
-    except ValueError:
-        return malformed
-    except ManyPartsError as error:
-        return Fault(str(error), record[:HEAD_BYTES])
-    value = _parsed_short(skeleton)
-    if isinstance(value, Fault):
-        return malformed
-    if isinstance(value, dict):
-        return {key: longs.get(found, found) if isinstance(found, str) else found for key, found in value.items()}
-    return longs.get(value, value) if isinstance(value, str) else value
-
-
-def _parsed_short(record: bytes) -> object:
     try:
         return orjson.loads(record)
     except orjson.JSONDecodeError as error:
@@ -290,47 +249,48 @@ def _json_values(stream: io.BufferedReader, rules: TextRules, name: str) -> Iter
         stream.read(1)
     if head == b"[":
         stream.read(1)
-        yield from json_elements(stream, rules.max_record_bytes, name=name)
+        yield from json_elements(stream, rules.record_bytes, name=name)
     elif head:
-        content = stream.read(rules.max_record_bytes + 1)
-        if len(content) > rules.max_record_bytes:
-            raise UserError(f"{name} is one JSON value of over {rules.max_record_bytes} bytes; {wanted}")
+        content = stream.read(rules.record_bytes + 1)
+        if len(content) > rules.record_bytes:
+            raise UserError(f"{name} is one JSON value of over --max-record-bytes {rules.record_bytes}; {wanted}")
         if isinstance(fault := _parsed(content), Fault):
             said = "not valid JSON" if fault.reason == _MALFORMED else f"one {fault.reason}"
             raise UserError(f"{name} is {said}: it begins with {content[:40]!r}; {wanted}")
         yield content
 
 
-def _csv_header(records: Iterator[bytes | Overlong], name: str) -> list[str] | None:
-    for record in records:
-        if isinstance(record, Overlong):
-            raise UserError(f"{name} is not valid CSV: no end to its first row, which begins with {record.head[:40]!r}")
-        if fields := csv_fields(record):
-            return fields
-    return None
+def _csv_header(rows: Iterator[list[str] | Overlong | BadRow], name: str) -> list[str] | None:
+    """The names of the columns, None where there is no row."""
+    header = next(rows, None)
+    if isinstance(header, Overlong):
+        raise UserError(f"{name} is not valid CSV: no end to its first row, which begins with {header.head[:40]!r}")
+    if isinstance(header, BadRow):
+        raise UserError(f"{name} is not valid CSV: its first row begins with {header.head[:40]!r}; {header.reason}")
+    return header
 
 
 def _read_csv(piece: Piece, judge: Judge, first: int) -> Records:
     """Rows are those that hold something, after the header."""
-    csv.field_size_limit(2**31 - 1)  # the default refuses fields over 128 KiB; a C long bounds it
-    key, row = judge.rules.key, first
+    key, row = judge.rules.key, first - 1
     with _stream(piece) as stream:
-        records = csv_records(stream, judge.rules.max_record_bytes, name=piece.source.name)
-        header = _csv_header(records, piece.source.name) or []
+        rows = csv_rows(stream, judge.rules.record_bytes, name=piece.source.name)
+        header = _csv_header(rows, piece.source.name) or [key]
         column = header.index(key) if key in header else None
-        for record, sound in csv_rows(records, len(header)):
-            if isinstance(record, Overlong):
-                yield from judge.overlong(row, record.head)
-            elif not (fields := csv_fields(record)):
-                continue
-            elif not sound:
-                yield from judge.rejected(row, "malformed CSV: a quote that does not close", record)
+        if column is not None:
+            require_column(header, piece.source.name, key)
+        for row, fields in enumerate(rows, first):
+            if isinstance(fields, Overlong):
+                yield from judge.overlong(row, fields.head)
+            elif isinstance(fields, BadRow):
+                yield from judge.rejected(row, fields.reason, fields.head)
             elif column is None:
-                yield from judge.rejected(row, f"no key {key!r}", record)
+                yield from judge.rejected(row, f"no key {key!r}", ",".join(fields))
+            elif len(fields) != len(header):  # a comma within a text would end it, a part of a broken row be one
+                yield from judge.rejected(row, "malformed CSV: not as many fields as the header", ",".join(fields))
             else:
-                yield from judge.records(fields[column] if column < len(fields) else None, row)
-            row += 1
-    return row - first
+                yield from judge.records(fields[column], row)
+    return row - first + 1
 
 
 def _read_parquet(piece: Piece, judge: Judge, first: int) -> Records:
