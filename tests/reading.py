@@ -1,15 +1,14 @@
-"""Reading a corpus as preparation does: units in order, streams cut into parts, rows made absolute."""
+"""Reading a corpus as preparation does: units in order, rows made absolute."""
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.data.reading.corpus import UnitRows, find_corpus, read_unit
 from pipeline.data.reading.formats import Document, Rejected, Source, TextRules
-from pipeline.data.reading.plan import Unit, cut_stream, plan_units
+from pipeline.data.reading.plan import Unit, plan_units
 
 Records = list[Document | Rejected]
 
@@ -25,21 +24,11 @@ def drain(unit: Unit, rules: TextRules) -> tuple[Records, UnitRows]:
             return records, end.value
 
 
-def units_of(sources: Sequence[Source], rules: TextRules) -> Iterator[Unit]:
-    """Units that can be read, the parts of streams among them."""
-    for unit in plan_units(sources, rules):
-        if not unit.stream:
-            yield unit
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            yield from cut_stream(unit, rules, into=lambda part, where=folder: Path(where, str(part)))
-
-
 def read_sources(sources: Sequence[Source], rules: TextRules) -> Records:
     """All records; rows count from the beginning of their source."""
     rows: Counter[int] = Counter()
     found: Records = []
-    for unit in units_of(sources, rules):
+    for unit in plan_units(sources, rules):
         records, counted = drain(unit, rules)
         found += [record._replace(row=record.row + rows[record.source]) for record in records]
         rows.update(counted.rows)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from pipeline.data.reading.bytestream import Compression, open_stream
 from pipeline.data.reading.corpus import find_corpus, read_unit
 from pipeline.data.reading.formats import Record, TextRules
-from pipeline.data.reading.plan import Unit, cut_stream, plan_units
+from pipeline.data.reading.plan import Unit, plan_units
 from pipeline.errors import UserError
 from tests.reading import read, texts_of
 
@@ -86,11 +86,8 @@ def test_what_is_sound_before_damage_is_given(compression: Compression, at: int,
 def records_and_message(path: Path, rules: TextRules) -> tuple[list[Record], str]:
     records: list[Record] = []
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            for unit in plan_units(find_corpus([str(path)]).sources, rules):
-                cuts = cut_stream(unit, rules, into=lambda part: Path(folder, str(part))) if unit.stream else [unit]
-                for part in cuts:
-                    records.extend(iter_of(part, rules, records))
+        for unit in plan_units(find_corpus([str(path)]).sources, rules):
+            records.extend(iter_of(unit, rules, records))
     except UserError as error:
         return records, str(error)
     return records, ""

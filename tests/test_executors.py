@@ -6,15 +6,17 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from pipeline.data.preparing.executors import CutEnd, Failure, Outcome, Place, UnitRun
-from pipeline.data.preparing.unit import DamagedInputError, UnitReport
-from pipeline.data.reading.plan import Unit
+from pipeline.data.preparing.executors import Failure, Outcome, Place, UnitRun
+from pipeline.data.preparing.parts import DamagedInputError
+from pipeline.data.preparing.unit import UnitReport
+from pipeline.data.reading.plan import Begun, Unit
 from pipeline.errors import UserError
 
 UNITS = [Unit(number, ()) for number in range(12)]
@@ -22,7 +24,7 @@ UNITS = [Unit(number, ()) for number in range(12)]
 
 def report(unit: Unit) -> UnitReport:
     return UnitReport(
-        unit=unit.number, part=unit.part, key="", shards={}, first_sources={}, documents=1, text_bytes=1, rows={},
+        unit=unit.number, part=0, last=True, key="", shards={}, first_sources={}, documents=1, text_bytes=1, rows={},
         drops={}, examples=(), noticed={}, quarantine=None, lowest_draw=0,
     )  # fmt: skip
 
@@ -36,35 +38,35 @@ def note(folder: Path, unit: Unit) -> int:
     return before
 
 
-def killed_once(unit: Unit, *, folder: Path) -> UnitReport:
+def killed_once(unit: Unit, *, folder: Path) -> list[UnitReport]:
     if note(folder, unit) == 0 and unit.number == 5:
         os.kill(os.getpid(), signal.SIGKILL)
-    return report(unit)
+    return [report(unit)]
 
 
-def killed_always(unit: Unit, *, folder: Path) -> UnitReport:
+def killed_always(unit: Unit, *, folder: Path) -> list[UnitReport]:
     note(folder, unit)
     if unit.number == 5:
         os.kill(os.getpid(), signal.SIGKILL)
-    return report(unit)
+    return [report(unit)]
 
 
-def damaged(unit: Unit, *, folder: Path) -> UnitReport:
+def damaged(unit: Unit, *, folder: Path) -> list[UnitReport]:
     note(folder, unit)
     if unit.number in (3, 4):
         raise DamagedInputError(f"unit {unit.number} is torn")
-    return report(unit)
+    return [report(unit)]
 
 
-def hopeless(unit: Unit, *, folder: Path) -> UnitReport:
+def hopeless(unit: Unit, *, folder: Path) -> list[UnitReport]:
     note(folder, unit)
     raise UserError("wrong for every unit")
 
 
-def at_once(unit: Unit, *, folder: Path) -> UnitReport:
+def at_once(unit: Unit, *, folder: Path) -> list[UnitReport]:
     (folder / f"running-{unit.name}").touch()
     time.sleep(0.02)
-    return report(unit)
+    return [report(unit)]
 
 
 def leave_pid(folder: Path) -> None:
@@ -96,22 +98,15 @@ def alive(pid: str) -> bool:
 
 
 def run(
-    work: Callable[..., UnitReport],
+    work: Callable[..., list[UnitReport]],
     folder: Path,
     *,
     workers: int,
     units: list[Unit] = UNITS,
-    cut: Callable[[Unit], Iterator[Unit]] = lambda unit: iter(()),
-    done: Callable[[Unit], bool] = lambda unit: False,
-    done_with: Callable[[Unit], None] = lambda unit: None,
-    recover: Callable[[Unit], UnitReport | None] = lambda unit: None,
+    recover: Callable[[Unit], list[UnitReport]] = lambda unit: [],
+    go_on: Callable[[Unit], Unit | None] = lambda unit: unit,
 ) -> list[Outcome]:
-    place = Place(workers)
-    return list(
-        UnitRun(place, partial(work, folder=folder), cut=cut, skip=done, done_with=done_with, recover=recover).outcomes(
-            units
-        )
-    )
+    return list(UnitRun(Place(workers), partial(work, folder=folder), recover=recover, go_on=go_on).outcomes(units))
 
 
 def numbers(outcomes: list[Outcome]) -> list[int]:
@@ -166,8 +161,7 @@ def test_workers_that_die_ahead_of_the_work_cost_a_try(tmp_path: Path) -> None:
     with place.begun():
         place.warm(die, workers=2)
         outcomes = UnitRun(
-            place, partial(at_once, folder=tmp_path), cut=lambda unit: iter(()), skip=lambda unit: False,
-            done_with=lambda unit: None, recover=lambda unit: None,
+            place, partial(at_once, folder=tmp_path), recover=lambda unit: [], go_on=lambda unit: unit,
         ).outcomes(UNITS)  # fmt: skip
         assert numbers(list(outcomes)) == list(range(12))
 
@@ -194,46 +188,23 @@ def test_damage_concerns_one_unit_other_errors_all(tmp_path: Path, workers: int)
     assert len(list((tmp_path / "other").iterdir())) <= 2 * workers + 1, "the rest was not begun"
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_streams_are_cut_ahead_of_the_work_within_bounds(tmp_path: Path, workers: int) -> None:
-    parts, on_disk, highest = 30, set(), 0
+def test_what_was_finished_but_not_heard_of_is_not_done_again(tmp_path: Path) -> None:
+    """The unit that killed its worker had one part done, and another one was done altogether."""
+    left: list[int] = []
 
-    def cut(unit: Unit) -> Iterator[Unit]:
-        nonlocal highest
-        for part in range(parts):
-            on_disk.add((unit.number, part))
-            highest = max(highest, len(on_disk))
-            yield Unit(unit.number, (), part=part)
+    def recover(unit: Unit) -> list[UnitReport]:
+        return [report(unit).model_copy(update={"last": unit.number != 5})] if unit.number in (5, 6) else []
 
-    streams = [Unit(0, (), stream=True), Unit(1, (), stream=True), Unit(2, ())]
-    outcomes = run(
-        at_once, tmp_path, workers=workers, units=streams, cut=cut,
-        done=lambda unit: unit.number == 1 and (unit.part or 0) < 7,
-        done_with=lambda unit: on_disk.discard((unit.number, unit.part or 0)),
-    )  # fmt: skip
-    assert sorted(end.parts for end in outcomes if isinstance(end, CutEnd)) == [parts, parts]
-    done = [(outcome.unit, outcome.part) for outcome in outcomes if isinstance(outcome, UnitReport)]
-    assert sorted(done, key=str) == sorted(
-        [(0, part) for part in range(parts)] + [(1, part) for part in range(7, parts)] + [(2, None)], key=str
-    )
-    assert not on_disk
-    assert highest <= 2 * workers + 1 + 2, "so many parts may wait, and each stream holds one more"
+    def go_on(unit: Unit) -> Unit | None:
+        left.append(unit.number)
+        return None if unit.number == 6 else replace(unit, begun=Begun(parts=1))
 
-
-def test_a_stream_that_breaks_fails_with_its_reason_and_a_full_disk_stops_all(tmp_path: Path) -> None:
-    def torn(unit: Unit) -> Iterator[Unit]:
-        yield Unit(unit.number, (), part=0)
-        raise UserError("truncated at 17")
-
-    outcomes = run(at_once, tmp_path, workers=1, units=[Unit(0, (), stream=True), Unit(1, ())], cut=torn)
-    assert [outcome.reason for outcome in outcomes if isinstance(outcome, Failure)] == ["truncated at 17"]
-    assert numbers(outcomes) == [0, 1]
-
-    def full(unit: Unit) -> Iterator[Unit]:
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match="No space left"):
-        run(at_once, tmp_path, workers=1, units=[Unit(0, (), stream=True)], cut=full)
+    outcomes = run(killed_always, tmp_path, workers=2, recover=recover, go_on=go_on)
+    (failure,) = (outcome for outcome in outcomes if isinstance(outcome, Failure))
+    assert failure.unit == Unit(5, (), begun=Begun(parts=1))
+    assert 5 in left
+    sixth = tmp_path / "00006"
+    assert not (6 in left and sixth.exists() and sixth.stat().st_size > 1)
 
 
 def environment(names: tuple[str, ...]) -> list[str | None]:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from pipeline.data.preparing.finish import Beginning
-from pipeline.data.preparing.ledger import StreamEnd
 from pipeline.data.preparing.unit import UnitReport
 from pipeline.data.reading.corpus import Corpus
 from pipeline.data.reading.formats import Piece, Source
@@ -20,29 +19,25 @@ from pipeline.data.reading.plan import Unit
 CORPUS = Corpus((), ())
 
 
-def report(unit: int, part: int | None, *, documents: int, dropped: int) -> UnitReport:
+def report(unit: int, part: int, *, documents: int, dropped: int, last: bool = True) -> UnitReport:
     values: dict[str, Any] = {
-        "unit": unit, "part": part, "key": "", "shards": {}, "first_sources": {}, "documents": documents,
+        "unit": unit, "part": part, "last": last, "key": "", "shards": {}, "first_sources": {}, "documents": documents,
         "text_bytes": 0, "rows": {}, "drops": {"bad": dropped}, "examples": (), "noticed": {}, "quarantine": None,
         "lowest_draw": 0,
     }  # fmt: skip
     return UnitReport(**values)
 
 
-def plan(sizes: list[int], *, streams: set[int]) -> list[Unit]:
+def plan(sizes: list[int]) -> list[Unit]:
     source = Source("a", "text", "", 1, "1")
-    return [
-        Unit(number, (Piece(source, 0, 0, size, size),), stream=number in streams) for number, size in enumerate(sizes)
-    ]
+    return [Unit(number, (Piece(source, 0, 0, size, size),)) for number, size in enumerate(sizes)]
 
 
-def expected(units: list[Unit], done: dict[tuple[int, int], UnitReport], ends: dict[int, StreamEnd]) -> str | None:
+def expected(units: list[Unit], done: dict[tuple[int, int], UnitReport], parts: list[int]) -> str | None:
     """All units that are done from the first on, added up from nothing."""
 
     def is_done(unit: Unit) -> bool:
-        if not unit.stream:
-            return (unit.number, 0) in done
-        return unit.number in ends and all((unit.number, part) in done for part in range(ends[unit.number].parts))
+        return all((unit.number, part) in done for part in range(parts[unit.number]))
 
     begun = list(takewhile(is_done, units))
     numbers = {unit.number for unit in begun}
@@ -59,32 +54,24 @@ def expected(units: list[Unit], done: dict[tuple[int, int], UnitReport], ends: d
 def test_the_verdict_is_that_on_all_units_without_a_gap(seed: int) -> None:
     generator = random.Random(seed)
     sizes = [generator.choice([0, 1, 7, 50]) for _ in range(30)]
-    units = plan(sizes, streams=set(generator.sample(range(30), 5)))
-    ends = {unit.number: StreamEnd(stream=unit.number, key="", parts=generator.randrange(5)) for unit in units}
-    events: list[UnitReport | StreamEnd] = []
+    units = plan(sizes)
+    parts = [generator.choice([1, 1, 1, 4]) for _ in units]
+    events: list[UnitReport] = []
     for unit in units:
-        parts = ends[unit.number].parts if unit.stream else 1
-        share = generator.choice([0, 0, 3])
+        share, count = generator.choice([0, 0, 3]), parts[unit.number]
         events += [
-            report(unit.number, part if unit.stream else None, documents=generator.randrange(9), dropped=share)
-            for part in range(parts)
+            report(unit.number, part, documents=generator.randrange(9), dropped=share, last=part == count - 1)
+            for part in range(count)
         ]
-        events += [ends[unit.number]] if unit.stream else []
     generator.shuffle(events)
-    events.sort(
-        key=lambda event: (event.stream if isinstance(event, StreamEnd) else event.unit) // 6
-    )  # nearly in order
+    events.sort(key=lambda event: event.unit // 6)  # nearly in order
     done: dict[tuple[int, int], UnitReport] = {}
-    known: dict[int, StreamEnd] = {}
-    beginning = Beginning(units, done, known)
+    beginning = Beginning(units, done)
     verdicts = set()
     for event in events:
-        if isinstance(event, StreamEnd):
-            known[event.stream] = event
-        else:
-            done[event.place] = event
+        done[event.place] = event
         beginning.advance()
-        found, wanted = beginning.too_many_bad(CORPUS, max_bad=0.1), expected(units, done, known)
+        found, wanted = beginning.too_many_bad(CORPUS, max_bad=0.1), expected(units, done, parts)
         assert (found is None) == (wanted is None)
         assert found is None or str(found).startswith(f"{wanted} (")
         verdicts.add(wanted is None)
@@ -96,9 +83,9 @@ class Looks(dict[tuple[int, int], UnitReport]):
 
     count = 0
 
-    def __contains__(self, key: object) -> bool:
+    def get(self, key: tuple[int, int], default: Any = None) -> Any:
         self.count += 1
-        return super().__contains__(key)
+        return super().get(key, default)
 
     def __getitem__(self, key: tuple[int, int]) -> UnitReport:
         self.count += 1
@@ -110,13 +97,14 @@ class Looks(dict[tuple[int, int], UnitReport]):
 
 @pytest.mark.parametrize("parts", [1, 4000])
 def test_each_report_is_looked_at_once_however_many_there_are(parts: int) -> None:
-    """One unit each, and then as many as parts of a stream, known to end from an earlier run."""
+    """One unit each, and then as many as parts of one unit."""
     count = 4000
-    units = plan([10] * (count // parts), streams=set() if parts == 1 else {0})
-    done, ends = Looks(), {} if parts == 1 else {0: StreamEnd(stream=0, key="", parts=parts)}
-    beginning = Beginning(units, done, ends)
+    units = plan([10] * (count // parts))
+    done = Looks()
+    beginning = Beginning(units, done)
     for number in range(count):
-        one = report(number // parts, None if parts == 1 else number % parts, documents=9, dropped=1)
+        part = number % parts
+        one = report(number // parts, part, documents=9, dropped=1, last=part == parts - 1)
         done[one.place] = one
         beginning.advance()
         assert beginning.too_many_bad(CORPUS, max_bad=0.2) is None
@@ -125,8 +113,7 @@ def test_each_report_is_looked_at_once_however_many_there_are(parts: int) -> Non
 
 
 def test_a_corpus_of_no_size_is_not_judged_before_its_end(tmp_path: Path) -> None:
-    units = plan([0, 0], streams=set())
-    beginning = Beginning(units, {(0, 0): report(0, None, documents=0, dropped=9)}, {})
+    beginning = Beginning(plan([0, 0]), {(0, 0): report(0, 0, documents=0, dropped=9)})
     beginning.advance()
     assert beginning.records == 9
     assert beginning.too_many_bad(CORPUS, max_bad=0.0) is None

@@ -1,4 +1,4 @@
-"""Cutting: a pure function of sources and rules, found by seeking; parts of streams equal the cuts of plain files."""
+"""Cutting: a pure function of sources and rules, found by seeking."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from pipeline.data.reading.bytestream import CutFinder
 from pipeline.data.reading.corpus import find_corpus, read_unit
-from pipeline.data.reading.formats import TEXT_CHUNK_BYTES, Piece, Source, TextRules
-from pipeline.data.reading.plan import Unit, cut_stream, plan_units
+from pipeline.data.reading.formats import TEXT_CHUNK_BYTES, Source, TextRules
+from pipeline.data.reading.plan import Unit, plan_units
 from pipeline.data.reading.readers import column_bytes
 from pipeline.errors import UserError
 from tests.reading import drain, read, read_sources, texts_of
@@ -106,36 +106,29 @@ def test_a_cut_ends_a_separator_that_counting_from_the_left_finds(text: str, siz
         assert cut == min((end for end in ends if end > size), default=None)
 
 
-@given(st.text("ab é\n|", min_size=1, max_size=80), st.integers(1, 30), st.sampled_from([None, "|", "\n\n"]))
-@settings(deadline=None, max_examples=150)
-def test_parts_of_a_stream_are_the_ranges_of_the_plain_file(text: str, unit_bytes: int, separator: str | None) -> None:
-    rules = TextRules(unit_bytes=unit_bytes, separator=separator)
-    content = text.encode()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "a.txt.gz")
-        path.write_bytes(gzip.compress(content))
-        Path(folder, "plain.txt").write_bytes(content)
-        plain = [piece for unit in plan(Path(folder, "plain.txt"), rules=rules) for piece in unit.pieces]
-        (stream,) = plan(path, rules=rules)
-        assert stream.stream
-        parts = list(cut_stream(stream, rules, into=lambda part: Path(folder, f"part{part}")))
-        written = [Path(folder, f"part{part}").read_bytes() for part in range(len(parts))]
-    assert written == [content[piece.start : piece.stop] for piece in plain]
-    assert [piece.whole for part in parts for piece in part.pieces] == [piece.whole for piece in plain]
-    assert [piece.offset for part in parts for piece in part.pieces] == [piece.start for piece in plain]
-
-
-def test_large_compressed_files_are_streams_and_small_ones_are_grouped(tmp_path: Path) -> None:
+def test_large_compressed_files_have_a_unit_of_their_own_and_small_ones_are_grouped(tmp_path: Path) -> None:
     for name in ("a.txt", "b.jsonl.gz", "c.txt", "e.csv.gz", "f.txt"):
         packed = gzip.compress(b"") if name.endswith(".gz") else b"x" * 20
         (tmp_path / name).write_bytes(packed)
     (tmp_path / "d.jsonl.zst").write_bytes(zstandard.compress(b"".join(line_of(str(i)) for i in range(1000))))
-    (tmp_path / "e.json.gz").write_bytes(gzip.compress(bytes(2000)))
+    (tmp_path / "e.json.gz").write_bytes(gzip.compress(b" " * 2000))
     units = plan(tmp_path, rules=TextRules(unit_bytes=500))
     names = [[Path(piece.source.name).name for piece in unit.pieces] for unit in units]
     assert names == [["a.txt", "b.jsonl.gz", "c.txt"], ["d.jsonl.zst"], ["e.csv.gz", "e.json.gz", "f.txt"]]
-    assert [unit.stream for unit in units] == [False, True, False]
     assert [unit.name for unit in units] == ["00000", "00001", "00002"]
+    assert [unit.may_be_any_size for unit in units] == [True] * 3
+    assert not any(unit.may_be_any_size for unit in plan(tmp_path / "a.txt", tmp_path / "f.txt", rules=TextRules()))
+
+
+def test_empty_texts_join_a_unit_and_begin_none(tmp_path: Path) -> None:
+    for name in ("a.txt", "c.txt", "e.txt", "f.jsonl"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "b.jsonl").write_bytes(line_of("x" * 60) * 9)
+    (tmp_path / "d.txt").write_bytes(b"x" * 80)
+    units = plan(tmp_path, rules=TextRules(unit_bytes=100))
+    names = [[Path(piece.source.name).name for piece in unit.pieces] for unit in units]
+    assert names == [["a.txt", "b.jsonl"], *[["b.jsonl"]] * 3, ["b.jsonl"], ["c.txt", "d.txt", "e.txt"]]
+    assert [len(unit.pieces) for unit in plan(tmp_path / "a.txt", rules=TextRules())] == [1]
 
 
 def test_a_byte_order_mark_is_dropped_at_the_very_start_only(tmp_path: Path) -> None:
@@ -143,27 +136,6 @@ def test_a_byte_order_mark_is_dropped_at_the_very_start_only(tmp_path: Path) -> 
     sources = find_corpus([str(tmp_path)]).sources
     texts = texts_of(read_sources(sources, TextRules(unit_bytes=5, separator="|")))
     assert "".join(texts) == "abcdefgh" + "\ufeffdefabcdefgh" * 8 + "\ufeffdef"
-
-
-@pytest.mark.parametrize("suffix", ["gz", "zst"])
-def test_a_damaged_stream_gives_its_parts_and_then_the_offset(tmp_path: Path, suffix: str) -> None:
-    content = b"".join(line_of(f"document {i} " + "x" * (i % 900)) for i in range(40_000))
-    packed = gzip.compress(content, 1) if suffix == "gz" else zstandard.compress(content)
-    (tmp_path / f"a.jsonl.{suffix}").write_bytes(packed[: len(packed) * 3 // 4])
-    rules = TextRules(unit_bytes=10**6)
-    source = find_corpus([str(tmp_path)]).sources[0]
-    unit = Unit(0, (Piece(source, 0, 0, source.size, source.size * 4),), stream=True)
-    *parts, last = cut_stream(unit, rules, into=lambda part: tmp_path / f"part{part}")
-    written = b"".join((tmp_path / f"part{part}").read_bytes() for part in range(len(parts) + 1))
-    assert len(written) > 5 * 10**6
-    assert content.startswith(written)
-    assert [part.pieces[0].damage for part in parts] == [""] * len(parts)
-    records = [record for part in parts for record in read_unit(part, rules)]
-    with pytest.raises(
-        UserError, match=rf"cannot read .*a.jsonl.{suffix} past byte {len(written)} of its text: .*damaged"
-    ):
-        records.extend(read_unit(last, rules))
-    assert len(records) == written.count(b"\n"), "records that end before the damage"
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -203,17 +175,6 @@ def test_rows_are_the_same_wherever_they_are_cut(texts: list[str], unit_bytes: i
         records = read(path, rules=TextRules(unit_bytes=unit_bytes))
     assert texts_of(records) == texts
     assert [record.row for record in records] == list(range(len(texts)))
-
-
-def test_parts_that_cannot_be_written_are_not_the_fault_of_the_source(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(line_of("x") * 1000))
-    (unit,) = plan(tmp_path, rules=TextRules(unit_bytes=100))
-    parts = cut_stream(
-        unit, TextRules(unit_bytes=100), into=lambda part: tmp_path / ("ok" if part == 0 else "no/folder")
-    )
-    assert next(parts).name == "00000-0000"
-    with pytest.raises(FileNotFoundError):
-        next(parts)
 
 
 def test_rows_run_on_over_pieces_of_one_source(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def packed(path: Path) -> tuple[Unit, ...]:
 def test_one_unit_of_any_size_is_read_up_to_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     units = packed(tmp_path / "a.jsonl.gz")
     assert len(units) == 1
-    assert units[0].stream
+    assert units[0].may_be_any_size
     read, real = 0, surveying.read_unit
 
     def counting(*args: Any) -> Iterator[Any]:

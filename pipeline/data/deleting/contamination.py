@@ -122,8 +122,6 @@ def evaluation_texts(file: str, text_key: str) -> Iterator[str]:
     sources = evaluation_sources(file, text_key)
     rules = TextRules(key=text_key, unit_bytes=_TEXT_BYTES, max_document_bytes=_TEXT_BYTES)
     for unit in plan_units(sources, rules):
-        if unit.stream:
-            raise UserError(f"{file} is too large to be searched for as it is; give it as plain JSON lines (.jsonl)")
         for record in read_unit(unit, rules):
             if isinstance(record, Document):
                 yield record.content.decode()

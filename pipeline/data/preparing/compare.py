@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +18,7 @@ from pipeline.data.deleting.deletion import open_shard
 from pipeline.data.manifest import MANIFEST_NAME, SPLITS, InputInfo, Manifest, SplitName
 from pipeline.data.reading.corpus import find_corpus, read_unit
 from pipeline.data.reading.formats import Document, Source, TextRules
-from pipeline.data.reading.plan import Unit, cut_stream, plan_units
+from pipeline.data.reading.plan import Unit, plan_units
 from pipeline.errors import UserError
 from pipeline.untrusted import check
 
@@ -89,9 +88,8 @@ def _rules_of(manifest: Manifest) -> TextRules | None:
 def _documents(source: Source, rules: TextRules) -> Iterator[tuple[int, bytes]]:
     """(row, text) of every document of a source, as units of its own would give them."""
     first = 0
-    for whole in plan_units((source,), rules):
-        for unit in _plain(whole, rules):
-            first += yield from _numbered(unit, rules, first)
+    for unit in plan_units((source,), rules):
+        first += yield from _numbered(unit, rules, first)
 
 
 def _numbered(unit: Unit, rules: TextRules, first: int) -> Generator[tuple[int, bytes], None, int]:
@@ -103,17 +101,6 @@ def _numbered(unit: Unit, rules: TextRules, first: int) -> Generator[tuple[int, 
             return sum(end.value.rows.values())
         if isinstance(record, Document):
             yield first + record.row, record.content
-
-
-def _plain(unit: Unit, rules: TextRules) -> Iterator[Unit]:
-    """The unit, or the parts of a stream unit, one after the other in a plain file each."""
-    if not unit.stream:
-        yield unit
-        return
-    with TemporaryDirectory() as folder:
-        for part in cut_stream(unit, rules, into=lambda number: Path(folder) / str(number)):
-            yield part
-            part.pieces[0].source.file.unlink()
 
 
 class _Record(NamedTuple):

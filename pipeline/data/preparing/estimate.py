@@ -162,18 +162,17 @@ def estimate(units: Sequence[Unit], settings: UnitSettings, *, encoder: Encoder,
             sample.take(piece, offsets)
         if not sample.bytes:
             return Estimate(text_bytes=total, tokens=0, disk_bytes=0, seconds=0.0)
-        report, per_unit, per_byte = sample.prepare()
+        reports, per_part, per_byte = sample.prepare()
     scale = total / sample.bytes
-    written = sum(info.size for shard in report.shards.values() for info in shard.files.values())
-    work = per_byte * sample.bytes * scale + per_unit * max(len(units), total // settings.rules.unit_bytes)
-    parallel = max(min(at_once, len(units) if not any(unit.stream for unit in units) else at_once), 1)
-    unpacking = sample.unpack_seconds * scale
-    wall = work + unpacking if parallel == 1 else max(work / parallel, unpacking)
+    written = sum(info.size for report in reports for shard in report.shards.values() for info in shard.files.values())
+    parts = max(len(units), total // settings.rules.unit_bytes)
+    work = per_byte * total + sample.unpack_seconds * scale + per_part * parts
+    longest = max(map(raw_size, units)) / total  # a unit is done by one process
     return Estimate(
-        text_bytes=int(report.text_bytes * scale),
-        tokens=int(report.tokens * scale),
+        text_bytes=int(sum(report.text_bytes for report in reports) * scale),
+        tokens=int(sum(report.tokens for report in reports) * scale),
         disk_bytes=int(written * scale),
-        seconds=wall,
+        seconds=work * max(1 / min(at_once, len(units)), longest),
     )
 
 
@@ -246,21 +245,21 @@ class _Sample:
         self.pieces.append(Piece(source, piece.index, 0, len(content), len(content), whole=piece.whole))
         self.bytes += stands_for
 
-    def prepare(self) -> tuple[UnitReport, float, float]:
-        """Prepare all pieces as a unit: what came of it, seconds of a unit beside its text, seconds of a byte."""
+    def prepare(self) -> tuple[Sequence[UnitReport], float, float]:
+        """Prepare all pieces as a unit: what came of it, seconds of a part beside its text, seconds of a byte."""
         smallest = min(self.pieces, key=lambda piece: piece.size)
         _, first = self._timed([smallest])
-        report, second = self._timed(self.pieces)
+        reports, second = self._timed(self.pieces)
         more = sum(piece.size for piece in self.pieces) - smallest.size
         per_byte = max(second - first, 0.0) / more if more else second / smallest.size
         in_file = sum(piece.size for piece in self.pieces) / self.bytes
-        return report, max(first - per_byte * smallest.size, 0.0), per_byte * in_file
+        return reports, max(first - per_byte * smallest.size, 0.0), per_byte * in_file
 
-    def _timed(self, pieces: Sequence[Piece]) -> tuple[UnitReport, float]:
+    def _timed(self, pieces: Sequence[Piece]) -> tuple[Sequence[UnitReport], float]:
         self._prepared += 1
         began = time.perf_counter()
-        report = prepare_unit(Unit(self._prepared, tuple(pieces)), self.settings)
-        return report, time.perf_counter() - began
+        reports = prepare_unit(Unit(self._prepared, tuple(pieces)), self.settings)
+        return reports, time.perf_counter() - began
 
 
 def _beginning(piece: Piece, limit: int) -> bytes:

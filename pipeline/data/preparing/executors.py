@@ -13,17 +13,18 @@ import re
 import signal
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import parent_process
 from multiprocessing.context import SpawnContext, SpawnProcess
 from queue import SimpleQueue
-from threading import Event, Semaphore, Thread
+from threading import Thread
 from typing import Any
 
-from pipeline.data.preparing.unit import DamagedInputError, UnitReport
+from pipeline.data.preparing.parts import DamagedInputError
+from pipeline.data.preparing.unit import UnitReport
 from pipeline.data.reading.plan import Unit
 from pipeline.errors import UserError
 
@@ -169,151 +170,99 @@ class Failure:
     reason: str
 
 
-@dataclass(frozen=True)
-class CutEnd:
-    """A stream unit was read to its end and cut into `parts`."""
-
-    unit: Unit
-    parts: int
-
-
-@dataclass(frozen=True)
-class _Cut:
-    unit: Unit
-
-
-Outcome = UnitReport | Failure | CutEnd
+Outcome = UnitReport | Failure
 
 
 class UnitRun:
     """Does units on a place.
 
-    `cut` turns a stream unit into the units of its parts; `skip` says which are done; `done_with` is told of parts
-    that are no longer needed; `recover` finds the report of a unit that was finished but not heard of.
+    `work` does a unit and returns the reports of its parts; `recover` finds those of parts that were finished but not
+    heard of; `go_on` says what is left of a unit when they are recorded, None if nothing is.
     """
 
     def __init__(
         self,
         place: Place,
-        work: Callable[[Unit], UnitReport],
+        work: Callable[[Unit], Sequence[UnitReport]],
         *,
-        cut: Callable[[Unit], Iterator[Unit]],
-        skip: Callable[[Unit], bool],
-        done_with: Callable[[Unit], None],
-        recover: Callable[[Unit], UnitReport | None],
+        recover: Callable[[Unit], Sequence[UnitReport]],
+        go_on: Callable[[Unit], Unit | None],
     ) -> None:
-        self.place, self.work, self.cut, self.skip = place, work, cut, skip
-        self.done_with, self.recover = done_with, recover
+        self.place, self.work, self.recover, self.go_on = place, work, recover, go_on
         self._waiting: deque[Unit] = deque()
-        self._cutting = 0
-        self._events: SimpleQueue[Any] = SimpleQueue()
-        self._stopping = Event()
-        self._room = Semaphore(place.at_once + 1)  # parts that are cut and not done yet lie on the disk
 
     def outcomes(self, units: Sequence[Unit]) -> Iterator[Outcome]:
-        """What became of each unit. Raises what concerns all units."""
-        self._waiting.extend(unit for unit in units if not unit.stream)
-        streams = [unit for unit in units if unit.stream]
-        self._cutting = len(streams)
-        cutters = ThreadPoolExecutor(max(1, min(self.place.workers, len(streams))), thread_name_prefix="cutter")
-        for unit in streams:
-            cutters.submit(self._cut_up, unit)
-        try:
-            while self._waiting or self._cutting:
-                with self.place.open() as executor:
-                    suspects = yield from self._until_a_worker_dies(executor)
-                for unit in suspects:  # its worker may have finished it before another one died
-                    yield self._finished(unit, self.recover(unit) or self._alone(unit))
-        finally:
-            self._stopping.set()
-            cutters.shutdown(cancel_futures=True)
+        """What became of each unit and of its parts. Raises what concerns all units."""
+        self._waiting.extend(units)
+        while self._waiting:
+            with self.place.open() as executor:
+                suspects = yield from self._until_a_worker_dies(executor)
+            for unit in suspects:  # its worker may have finished it before another one died
+                yield from self.recover(unit)
+                if left := self.go_on(unit):
+                    yield from self._alone(left)
 
     def _until_a_worker_dies(self, executor: Executor) -> Generator[Outcome, None, list[Unit]]:
         """Outcomes as they come; returns the units that were under way when the pool broke, none at the end."""
-        running: dict[Future[UnitReport], Unit] = {}
-        while self._waiting or self._cutting or running:
+        running: dict[Future[Sequence[UnitReport]], Unit] = {}
+        done: SimpleQueue[Future[Sequence[UnitReport]]] = SimpleQueue()
+        while self._waiting or running:
             while self._waiting and len(running) < self.place.at_once:
-                self._submit(executor, self._waiting.popleft(), running)
-            event = self._events.get()
-            if isinstance(event, Exception):
-                raise event
-            if isinstance(event, _Cut):
-                self._waiting.appendleft(event.unit)
-            elif isinstance(event, Failure | CutEnd):
-                self._cutting -= 1
-                yield event
-            elif event in running:
-                unit = running.pop(event)
-                outcome = self._outcome(unit, event)
-                if outcome is None:
-                    return [unit, *(yield from self._rescue(running))]
-                yield self._finished(unit, outcome)
+                self._submit(executor, self._waiting.popleft(), running, done)
+            future = done.get()
+            unit = running.pop(future)
+            outcomes = self._outcomes(unit, future)
+            if outcomes is None:
+                return [unit, *(yield from self._rescue(running))]
+            yield from outcomes
         return []
 
-    def _rescue(self, running: dict[Future[UnitReport], Unit]) -> Generator[Outcome, None, list[Unit]]:
+    def _rescue(self, running: dict[Future[Sequence[UnitReport]], Unit]) -> Generator[Outcome, None, list[Unit]]:
         """Of the futures of a broken pool, which all end at once: what was done before; returns the other units."""
         lost = []
         for future, unit in running.items():
-            outcome = self._outcome(unit, future)
-            if outcome is None:
+            outcomes = self._outcomes(unit, future)
+            if outcomes is None:
                 lost.append(unit)
             else:
-                yield self._finished(unit, outcome)
+                yield from outcomes
         return lost
 
-    def _submit(self, executor: Executor, unit: Unit, running: dict[Future[UnitReport], Unit]) -> None:
+    def _submit(
+        self,
+        executor: Executor,
+        unit: Unit,
+        running: dict[Future[Sequence[UnitReport]], Unit],
+        done: SimpleQueue[Future[Sequence[UnitReport]]],
+    ) -> None:
         try:
             future = executor.submit(self.work, unit)
         except BrokenProcessPool as error:  # a worker died while nothing was waited for
             future = Future()
             future.set_exception(error)
         running[future] = unit
-        future.add_done_callback(self._events.put)
+        future.add_done_callback(done.put)
 
-    def _outcome(self, unit: Unit, future: Future[UnitReport]) -> Outcome | None:
+    def _outcomes(self, unit: Unit, future: Future[Sequence[UnitReport]]) -> Sequence[Outcome] | None:
         """None: a worker died under it, or under another unit of the same pool."""
         try:
             return future.result()
         except (BrokenProcessPool, CancelledError):
             return None
         except DamagedInputError as error:
-            return Failure(unit, str(error))
+            return [*self.recover(unit), Failure(unit, str(error))]
         except Exception as error:
             if type(error).__name__ == "KilledWorker":  # Dask's: it has tried on several workers by itself
-                return Failure(unit, _KILLED)
+                return [*self.recover(unit), Failure(unit, _KILLED)]
             raise
 
-    def _alone(self, unit: Unit) -> Outcome:
+    def _alone(self, unit: Unit) -> Iterator[Outcome]:
         """Once more with nothing beside it, to tell the unit that kills its worker from those that merely lay near."""
         with self.place.open(workers=1) as executor:
-            return self._outcome(unit, executor.submit(self.work, unit)) or Failure(unit, _KILLED)
-
-    def _finished(self, unit: Unit, outcome: Outcome) -> Outcome:
-        if unit.part is not None:
-            self.done_with(unit)
-            self._room.release()
-        return outcome
-
-    def _cut_up(self, unit: Unit) -> None:
-        """Runs in a thread: parts to the events as they are cut, then how it ended."""
-        parts = 0
-        try:
-            for part in self.cut(unit):
-                parts += 1
-                if self.skip(part):
-                    self.done_with(part)
-                    continue
-                while not self._room.acquire(timeout=0.1):
-                    if self._stopping.is_set():
-                        return
-                self._events.put(_Cut(part))
-                if self._stopping.is_set():
-                    return
-            self._events.put(CutEnd(unit, parts))
-        except UserError as error:
-            self._events.put(Failure(unit, str(error)))
-        except Exception as error:  # a full disk, say: raised where the others are
-            self._events.put(error)
+            outcomes = self._outcomes(unit, executor.submit(self.work, unit))
+        if outcomes is None:
+            outcomes = [*self.recover(unit), Failure(unit, _KILLED)]
+        yield from outcomes
 
 
 _KILLED = "its worker process was killed twice, perhaps for lack of memory; try fewer --workers or --max-doc-bytes"

@@ -24,7 +24,7 @@ from pipeline.data.manifest import (
     SplitName,
     data_digest,
 )
-from pipeline.data.preparing.ledger import StreamEnd, ledgers
+from pipeline.data.preparing.ledger import ledgers
 from pipeline.data.preparing.request import input_infos
 from pipeline.data.preparing.unit import UnitReport, UnitSettings
 from pipeline.data.reading.corpus import Corpus
@@ -62,16 +62,15 @@ def _too_many_bad(
 class Beginning:
     """The units from the first on that are done, without a gap, and what their reports come to.
 
-    `done` and `ends` are the reports and the ends of streams as they come. Each is looked at once, however often
-    `advance` is called: there may be a hundred thousand units, and they are judged after each.
+    `done` are the reports as they come. Each is looked at once, however often `advance` is called: there may be a
+    hundred thousand units, and they are judged after each.
     """
 
-    def __init__(
-        self, units: Sequence[Unit], done: Mapping[tuple[int, int], UnitReport], ends: Mapping[int, StreamEnd]
-    ) -> None:
-        self._units, self._done, self._ends = units, done, ends
+    def __init__(self, units: Sequence[Unit], done: Mapping[tuple[int, int], UnitReport]) -> None:
+        self._units, self._done = units, done
         self._reports: list[UnitReport] = []
-        self._next = self._parts = 0  # the unit that comes next, and how many of its parts are known to be done
+        self._next = 0  # the unit that comes next
+        self._parts: list[UnitReport] = []  # those of it that are known to be done
         self._size, self._total = 0, sum(unit.size for unit in units)
         self.records = self._bad = 0
 
@@ -79,16 +78,17 @@ class Beginning:
         """Take in what was done since."""
         while self._next < len(self._units) and self._is_done(unit := self._units[self._next]):
             self._take(unit)
-            self._next, self._parts = self._next + 1, 0
+            self._next, self._parts = self._next + 1, []
 
     def _is_done(self, unit: Unit) -> bool:
-        while (unit.number, self._parts) in self._done:
-            self._parts += 1
-        end = self._ends.get(unit.number)
-        return self._parts >= (end.parts if end else 1) and (end is not None or not unit.stream)
+        while report := self._done.get((unit.number, len(self._parts))):
+            self._parts.append(report)
+            if report.last:
+                return True
+        return False
 
     def _take(self, unit: Unit) -> None:
-        reports = [self._done[unit.number, part] for part in range(self._parts)]
+        reports = self._parts
         self._reports += reports
         self._size += unit.size
         self._bad += sum(report.bad for report in reports)
@@ -171,19 +171,20 @@ def empty_inputs(split: SplitName, *, kept: bool) -> UserError:
 
 
 def done_without(unit: Unit, reason: str) -> tuple[FailedUnit, UnitReport]:
-    """A unit that gave nothing, as the manifest tells of it; and in the place of its report, the rows it has.
+    """A unit that gave nothing more, as the manifest tells of it; and in the place of its report, the rows it has.
 
     So rows that follow in the same source keep their numbers. Where its own cannot be counted, the reason says so.
     """
     rows: dict[int, int] = {}
     for piece in unit.pieces:
         own = count_rows(piece)
-        if own is None and not (piece.whole or unit.stream):  # nothing follows these
+        if own is None and not piece.whole:  # nothing follows these
             reason += f"; rows of {piece.source.name} after it are numbered as if it had none"
         rows[piece.index] = rows.get(piece.index, 0) + (own or 0)
     report = UnitReport(
         unit=unit.number,
-        part=unit.part,
+        part=unit.begun.parts,
+        last=True,
         key="",
         shards={},
         first_sources={},

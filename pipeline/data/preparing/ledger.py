@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.data.manifest import InputInfo
-from pipeline.data.preparing.unit import UnitReport, report_path
+from pipeline.data.preparing.unit import UnitReport
 from pipeline.files import write_durably
 from pipeline.untrusted import LARGEST_JSON, read_regular
 
@@ -35,26 +35,13 @@ class LedgerHeader(BaseModel):
     eos_id: int | None = None
 
 
-class StreamEnd(BaseModel):
-    """A compressed source was read to its end: stream unit `stream` has `parts` parts."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    stream: int
-    key: str
-    parts: int
-
-
-Entry = UnitReport | StreamEnd
-
-
 class Ledger:
     """One ledger of an output folder."""
 
     def __init__(self, folder: Path, *, share: tuple[int, int] | None = None) -> None:
         self.path = folder / (f"ledger.{share[0]}-of-{share[1]}.jsonl" if share else LEDGER_NAME)
 
-    def read(self) -> tuple[LedgerHeader | None, list[Entry]]:
+    def read(self) -> tuple[LedgerHeader | None, list[UnitReport]]:
         """Header and entries; a torn last line, the mark of a kill, is no entry."""
         if not self.path.exists():
             return None, []
@@ -65,13 +52,13 @@ class Ledger:
             return None, []
         return header, [entry for line in lines[1:] if (entry := _entry(line))]
 
-    def write(self, header: LedgerHeader, entries: Iterable[Entry]) -> None:
+    def write(self, header: LedgerHeader, entries: Iterable[UnitReport]) -> None:
         """Replace the ledger."""
         lines = [header.model_dump_json(), *(entry.model_dump_json() for entry in entries)]
         write_durably(self.path, "".join(line + "\n" for line in lines).encode())
 
-    def append(self, entry: Entry) -> None:
-        """Record a committed unit or the end of a stream, durably."""
+    def append(self, entry: UnitReport) -> None:
+        """Record a committed unit, or part of one, durably."""
         with self.path.open("ab") as file:
             file.write(entry.model_dump_json().encode() + b"\n")
             file.flush()
@@ -93,11 +80,6 @@ def unrecorded(folder: Path) -> list[UnitReport]:
     return [report for path in sorted(folder.glob("report-*.json")) if (report := _report(path))]
 
 
-def finished(folder: Path, name: str) -> UnitReport | None:
-    """The report of one such unit, if it was finished."""
-    return _report(report_path(folder, name))
-
-
 def _report(path: Path) -> UnitReport | None:
     try:
         return UnitReport.model_validate_json(read_regular(path, limit=LARGEST_JSON))
@@ -113,10 +95,8 @@ def headers(folder: Path) -> Iterator[LedgerHeader]:
             yield header
 
 
-def _entry(line: bytes) -> Entry | None:
-    for kind in (UnitReport, StreamEnd):
-        try:
-            return kind.model_validate_json(line)
-        except ValidationError:
-            continue
-    return None
+def _entry(line: bytes) -> UnitReport | None:
+    try:
+        return UnitReport.model_validate_json(line)
+    except ValidationError:
+        return None

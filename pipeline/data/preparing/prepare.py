@@ -7,8 +7,7 @@ what a ledger records is kept by the next run of the same command, everything el
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from pipeline.data.preparing.decide import (
 )
 from pipeline.data.preparing.endings import FULL, disk_errors, disk_full, stopped
 from pipeline.data.preparing.estimate import raw_size
-from pipeline.data.preparing.executors import CutEnd, Failure, Place, UnitRun, open_place
+from pipeline.data.preparing.executors import Failure, Place, UnitRun, open_place
 from pipeline.data.preparing.finish import (
     Beginning,
     done_without,
@@ -45,7 +44,7 @@ from pipeline.data.preparing.finish import (
     write_quarantine,
 )
 from pipeline.data.preparing.holding import held
-from pipeline.data.preparing.ledger import Entry, Ledger, StreamEnd, finished, headers, ledgers, unrecorded
+from pipeline.data.preparing.ledger import Ledger, headers, ledgers, unrecorded
 from pipeline.data.preparing.progress import UnitProgress
 from pipeline.data.preparing.request import (
     Request,
@@ -60,18 +59,18 @@ from pipeline.data.preparing.unit import (
     UnitReport,
     UnitSettings,
     begin_worker,
+    begun_by,
     keep_encoder,
     load_encoder,
     prepare_unit,
     report_path,
 )
 from pipeline.data.reading.corpus import Corpus, changed_since
-from pipeline.data.reading.plan import Unit, cut_stream, plan_units
+from pipeline.data.reading.plan import Unit, plan_units
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import Unfinished, UserError, counted, printable
 from pipeline.files import fsync_folder
 
-SPOOL_NAME = ".spool"
 EARLY_VERDICT_RECORDS = 10_000
 """Records after which a corpus may be found too bad before its end."""
 
@@ -141,10 +140,9 @@ class _Preparation:
         fingerprint, eos_id = tokenizer.fingerprint, tokenizer.eos_id
         self.header = header_of(identity, corpus, tokenizer_fingerprint=fingerprint, eos_id=eos_id)
         self.done: dict[tuple[int, int], UnitReport] = {}
-        self.ends: dict[int, StreamEnd] = {}
         self.lost: list[UnitReport] = []
         self._keep()
-        self.beginning = Beginning(self.units, self.done, self.ends)
+        self.beginning = Beginning(self.units, self.done)
         size = sum(map(raw_size, self._todo()))
         needed = disk_needed(seen.sample, size, encoder=encoder, vocab_size=tokenizer.vocab_size)
         refuse_small_disk(self.output, needed)
@@ -238,30 +236,27 @@ class _Preparation:
         return [unit for unit in self.units if unit.number % parts == part]
 
     def _todo(self) -> list[Unit]:
-        return [unit for unit in self._mine() if not self._is_done(unit)]
+        """What is left of the units of this share."""
+        return [left for unit in self._mine() if (left := self._left_of(unit))]
 
-    def _is_done(self, unit: Unit) -> bool:
-        if not unit.stream:
-            return (unit.number, unit.part or 0) in self.done
-        end = self.ends.get(unit.number)
-        return end is not None and all((unit.number, part) in self.done for part in range(end.parts))
+    def _left_of(self, unit: Unit) -> Unit | None:
+        """The unit from its first part on that is not done; None if all are."""
+        done: list[UnitReport] = []
+        while report := self.done.get((unit.number, len(done))):
+            done.append(report)
+        return None if done and done[-1].last else replace(unit, begun=begun_by(done))
 
     def _keep(self) -> None:
         """Take over the entries of earlier runs that still hold; files of those that do not are removed."""
-        planned = {unit.number: unit for unit in self.units}
         keys = {unit.number: self.settings.key(unit) for unit in self.units}
-        entries: list[Entry] = [entry for ledger in ledgers(self.output) for entry in ledger.read()[1]]
-        entries += unrecorded(self.output)
-        self.ends = {e.stream: e for e in entries if isinstance(e, StreamEnd) and keys.get(e.stream) == e.key}
-        reports = [entry for entry in entries if isinstance(entry, UnitReport)]
+        reports = [entry for ledger in ledgers(self.output) for entry in ledger.read()[1]] + unrecorded(self.output)
         stale: set[str] = set()
         part, parts = self.request.share or (0, 1)
-        for report in reports:
+        for report in sorted(reports, key=lambda report: report.place):
             sizes = {name: info.size for shard in report.shards.values() for name, info in shard.files.items()}
-            unit = planned.get(report.unit)
-            # parts of a stream bear the key of their stream, for what they hold is known only after reading it
-            good = not report.failed or self.request.allow_failed
-            if unit and good and report.key == keys[report.unit] and sizes_agree(self.output, sizes):
+            good = report.key == keys.get(report.unit) and (not report.failed or self.request.allow_failed)
+            follows = report.part == 0 or (report.unit, report.part - 1) in self.done
+            if good and follows and sizes_agree(self.output, sizes):
                 self.done[report.place] = report
             elif report.unit % parts == part:  # another share judges its own, and may be at it
                 stale.update(report.files())
@@ -270,13 +265,18 @@ class _Preparation:
         if reports:
             redone = len({report.place for report in reports} - self.done.keys())
             changed = f", {redone} made again because input or files changed" if redone else ""
-            count = sum(self._is_done(unit) for unit in self.units)
+            count = self._count_done()
             self.console.print(f"going on: {count} of {counted(len(self.units), 'unit')} done{changed}", markup=False)
         self._clean()
 
+    def _count_done(self) -> int:
+        """Units that are done, of all."""
+        return sum(report.last for report in self.done.values())
+
     def _do_units(self) -> list[FailedUnit]:
         """Do the units that are not kept and record each once its shards are durable; those that failed."""
-        todo = self._todo()
+        # what may be longest first, so that nobody waits for it at the end
+        todo = sorted(self._todo(), key=lambda unit: unit.size <= 2 * self.request.rules.unit_bytes)
         sizes = {unit.number: raw_size(unit) for unit in todo}
         failed: list[FailedUnit] = []
         try:
@@ -284,66 +284,35 @@ class _Preparation:
                 work = partial(prepare_unit, settings=self.settings)
                 if self.place.at_once == 1:
                     work = partial(work, on_batch=progress.on_batch)
-                run = UnitRun(
-                    self.place,
-                    work,
-                    cut=self._cut,
-                    skip=self._is_done,
-                    done_with=self._drop_part,
-                    recover=self._recover,
-                )
+                run = UnitRun(self.place, work, recover=self._recover, go_on=self._left_of)
                 for outcome in run.outcomes(todo):
                     if isinstance(outcome, Failure):
-                        failure, stand_in = done_without(outcome.unit, outcome.reason)
+                        left = self._left_of(outcome.unit) or outcome.unit
+                        failure, stand_in = done_without(left, outcome.reason)
                         failed.append(failure)
                         self.lost.append(stand_in)
                         told = printable(f"warning: unit {failure.unit} failed: {failure.reason}")
                         self.console.print(told, markup=False)
-                    elif isinstance(outcome, CutEnd):
-                        self._record(self._end_of(outcome))
                     else:
                         self._record(outcome)
-                        progress.on_unit(
-                            outcome, size=sizes[outcome.unit] if outcome.part is None else outcome.text_bytes
-                        )
+                        progress.on_unit(outcome, size=sizes[outcome.unit] if outcome.last else 0)
                         self._early_verdict()
         except KeyboardInterrupt:
-            count = sum(self._is_done(unit) for unit in self.units)
-            raise stopped(f"{count} of {counted(len(self.units), 'unit')} done") from None
+            raise stopped(f"{self._count_done()} of {counted(len(self.units), 'unit')} done") from None
         return sorted(failed, key=lambda unit: unit.unit)
 
-    def _cut(self, unit: Unit) -> Iterator[Unit]:
-        """The parts of a stream unit, each in a plain file of its own until it is done."""
-        (self.output / SPOOL_NAME).mkdir(exist_ok=True)
-        for part in cut_stream(unit, self.request.rules, into=partial(self._spooled, unit.number)):
-            damage, done = part.pieces[0].damage, self.done.get((part.number, part.part or 0))
-            if damage and done and not done.failed:  # it has come since: nobody will read the part again and tell
-                raise UserError(damage)
-            yield part
+    def _recover(self, unit: Unit) -> list[UnitReport]:
+        """Reports of parts that were finished in this run but not heard of."""
+        key = self.settings.key(unit)
+        found = [report for report in unrecorded(self.output) if report.unit == unit.number and report.key == key]
+        return sorted(found, key=lambda report: report.part)
 
-    def _recover(self, unit: Unit) -> UnitReport | None:
-        report = finished(self.output, unit.name)
-        return report if report and report.key == self.settings.key(unit) else None
-
-    def _spooled(self, stream: int, part: int) -> Path:
-        return self.output / SPOOL_NAME / f"{stream:05d}-{part:04d}"
-
-    def _drop_part(self, unit: Unit) -> None:
-        assert unit.part is not None, "only parts of streams are spooled"
-        self._spooled(unit.number, unit.part).unlink(missing_ok=True)
-
-    def _end_of(self, end: CutEnd) -> StreamEnd:
-        return StreamEnd(stream=end.unit.number, key=self.settings.key(end.unit), parts=end.parts)
-
-    def _record(self, entry: Entry) -> None:
-        self.ledger.append(entry)
-        if isinstance(entry, StreamEnd):
-            self.ends[entry.stream] = entry
-            return
-        self.done[entry.place] = entry
-        report_path(self.output, entry.name).unlink()
-        if entry.mismatch:
-            self.console.print(f"warning: {entry.mismatch}; encoded with `tokenizers` instead", markup=False)
+    def _record(self, report: UnitReport) -> None:
+        self.ledger.append(report)
+        self.done[report.place] = report
+        report_path(self.output, report.name).unlink()
+        if report.mismatch:
+            self.console.print(f"warning: {report.mismatch}; encoded with `tokenizers` instead", markup=False)
 
     def _early_verdict(self) -> None:
         """Stop as soon as the beginning of the corpus shows that there are too many bad records."""
@@ -356,26 +325,20 @@ class _Preparation:
     def _write_ledger(self) -> None:
         """All that is kept, in order, whatever order it was done in; a share leaves those of others to them."""
         numbers = {unit.number for unit in self._mine()}
-        entries: list[Entry] = [self.done[place] for place in sorted(self.done) if place[0] in numbers]
-        self.ledger.write(self.header, [*entries, *(self.ends[n] for n in sorted(self.ends) if n in numbers)])
+        self.ledger.write(self.header, [self.done[place] for place in sorted(self.done) if place[0] in numbers])
         for path in self.output.glob("report-*.json"):
             if unit_number(path) in numbers:
                 path.unlink()
 
     def _clean(self) -> None:
-        """Remove what a kill left behind: temporary files and parts of streams, of our own units only."""
+        """Remove the temporary files that a kill left behind, of our own units only."""
         names = {unit.number for unit in self._mine()}
         for path in self.output.glob("*.tmp"):
             if not self.request.share or unit_number(path) in names:
                 path.unlink(missing_ok=True)
-        for path in (self.output / SPOOL_NAME).glob("*"):
-            if unit_number(path) in names:
-                path.unlink(missing_ok=True)
-        if not self.request.share:
-            shutil.rmtree(self.output / SPOOL_NAME, ignore_errors=True)
 
 
 def unit_number(path: Path) -> int | None:
-    """Whose unit's a file is: `train-00012.bin`, `report-100001-0003.json`, or `00012-0003` of a stream."""
-    found = re.match(r"(?:[a-z]+-)?(\d{5,})(?!\d)", path.name)
+    """Whose unit's a file is: `train-00012.bin`, `report-100001-0003.json`."""
+    found = re.match(r"[a-z]+-(\d{5,})(?!\d)", path.name)
     return int(found[1]) if found else None

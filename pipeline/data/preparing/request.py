@@ -26,7 +26,6 @@ from pipeline.data.manifest import (
 from pipeline.data.preparing.encoder import Backend
 from pipeline.data.preparing.flags import Arguments
 from pipeline.data.preparing.ledger import LedgerHeader, headers, ledgers, unrecorded
-from pipeline.data.preparing.unit import UnitReport
 from pipeline.data.reading.corpus import Corpus
 from pipeline.data.reading.formats import TextRules
 from pipeline.data.tokenizer import TextTokenizer
@@ -154,7 +153,7 @@ def existing(path: Path) -> Path:
 def finished_units(output: Path) -> set[int]:
     """Numbers of the units that an earlier run finished, whatever has changed since."""
     entries = [entry for ledger in ledgers(output) for entry in ledger.read()[1]]
-    return {entry.unit for entry in [*entries, *unrecorded(output)] if isinstance(entry, UnitReport)}
+    return {entry.unit for entry in [*entries, *unrecorded(output)] if entry.last}
 
 
 def refuse_foreign(output: Path, identity: dict[str, Any], corpus: Corpus) -> None:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from secrets import token_hex
 from types import TracebackType
@@ -26,10 +25,10 @@ from pydantic import BaseModel, ConfigDict
 
 from pipeline.data.manifest import SPLITS, TOKENIZER_NAME, ShardInfo, SplitName, digest_of
 from pipeline.data.preparing.encoder import Backend, Encoder, EncoderMismatch
+from pipeline.data.preparing.parts import PartReader
 from pipeline.data.preparing.split import SplitRule
 from pipeline.data.reading.formats import EMPTY, Document, Rejected, TextRules, with_remedy
-from pipeline.data.reading.plan import Unit
-from pipeline.data.reading.readers import PieceRows, promised_rows, read_piece
+from pipeline.data.reading.plan import Begun, Unit
 from pipeline.data.shards import DOCUMENT_DTYPE, ShardWriter
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError
@@ -40,10 +39,6 @@ BATCH_BYTES = 2**19
 """Text encoded at once: its ids stay in a processor's cache while they are checked, converted and written."""
 EXAMPLES = 3
 UNKNOWN_TOKENS = "unknown tokens"
-
-
-class DamagedInputError(UserError):
-    """A unit's input cannot be read to its end; others are not concerned."""
 
 
 @dataclass(frozen=True)
@@ -62,24 +57,20 @@ class UnitSettings:
     workers: int
 
     def key(self, unit: Unit) -> str:
-        """Digest of everything the unit's shards depend on; equal keys mean equal shards.
-
-        All parts of a stream bear one key, for where they begin and end follows from its source and the rules.
-        """
+        """Digest of everything the unit's shards depend on; equal keys mean equal shards, part by part."""
         values = asdict(self)
         for how in ("output", "backend", "strict", "allow_failed", "workers"):
             del values[how]
-        whole = unit.stream or unit.part is not None
         pieces = [
-            [piece.source.name, piece.source.kind, piece.source.fingerprint, piece.source.held_out, piece.index]
-            + ([] if whole else [piece.start, piece.stop])
+            [source.name, source.kind, source.fingerprint, source.held_out, piece.index, piece.start, piece.stop]
             for piece in unit.pieces
+            for source in [piece.source]
         ]
         return digest_of({"settings": values, "pieces": pieces})
 
 
 class UnitReport(BaseModel):
-    """What became of a unit: a line of the ledger.
+    """What became of a unit, or of a part of one: a line of the ledger. `last`: no part follows.
 
     `rows` counts the records of each source, blank lines included; `drops` the rejected ones by reason, of which
     `examples` shows the first; `lowest_draw` is the smallest hash among its documents; `first_sources` are those of
@@ -90,7 +81,8 @@ class UnitReport(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     unit: int
-    part: int | None
+    part: int
+    last: bool
     key: str
     shards: dict[SplitName, ShardInfo]
     first_sources: dict[SplitName, int]
@@ -107,13 +99,13 @@ class UnitReport(BaseModel):
 
     @property
     def name(self) -> str:
-        """As that of the unit."""
-        return f"{self.unit:05d}" + ("" if self.part is None else f"-{self.part:04d}")
+        """As that of the unit, `00012`; part 3 of it is `00012-0003`."""
+        return part_name(self.unit, self.part)
 
     @property
     def place(self) -> tuple[int, int]:
         """Sorts reports in the order of the corpus."""
-        return (self.unit, self.part or 0)
+        return (self.unit, self.part)
 
     @property
     def tokens(self) -> int:
@@ -140,6 +132,18 @@ class UnitReport(BaseModel):
         write_durably(report_path(folder, self.name), self.model_dump_json().encode())
 
 
+def part_name(unit: int, part: int) -> str:
+    """What the files of a part are called by. Most units have but one, which is called as the unit is."""
+    return f"{unit:05d}" + (f"-{part:04d}" if part else "")
+
+
+def begun_by(reports: Sequence[UnitReport], before: Begun = Begun()) -> Begun:  # noqa: B008 - it is frozen
+    """What the first parts of a unit hold: those that were done before, and those of which these are the reports."""
+    rows = sum((Counter(report.rows) for report in reports), Counter(dict(before.rows)))
+    records = before.records + sum(report.documents + report.dropped for report in reports)
+    return Begun(before.parts + len(reports), records, tuple(sorted(rows.items())))
+
+
 def report_path(folder: Path, name: str) -> Path:
     """Where the report of a unit lies until it is in a ledger."""
     return folder / f"report-{name}.json"
@@ -148,37 +152,50 @@ def report_path(folder: Path, name: str) -> Path:
 OnBatch = Callable[[int, int], None]
 
 
-def prepare_unit(unit: Unit, settings: UnitSettings, *, on_batch: OnBatch | None = None) -> UnitReport:
-    """Write the shards of a unit and report. `on_batch` is told text bytes and tokens as they are written.
+def prepare_unit(unit: Unit, settings: UnitSettings, *, on_batch: OnBatch | None = None) -> tuple[UnitReport, ...]:
+    """Write the shards of what is to be done of a unit, part by part, and report each as soon as it is done.
 
-    Raises `DamagedInputError` for input that cannot be read, `UserError` for what concerns all units, `OSError` when
-    the disk is full; then nothing of the unit remains.
+    A part has about `unit_bytes` of text, and most units are one part. `on_batch` is told text bytes and tokens as they
+    are written. Raises `DamagedInputError` for input that cannot be read, `UserError` for what concerns all units,
+    `OSError` when the disk is full; then nothing remains of the part that was begun, and the parts before it stay.
     """
-    encoder = _encoder(settings)
-    try:
-        report = _write(unit, settings, encoder, on_batch)
-    except EncoderMismatch as mismatch:
-        slow = Encoder(encoder.tokenizer, backend="tokenizers")
-        report = _write(unit, settings, slow, on_batch).model_copy(update={"mismatch": str(mismatch)})
-    report.save(settings.output)
-    return report
+    encoder, mismatch = _encoder(settings), ""
+    made: list[UnitReport] = []
+    reading = PartReader(unit, settings.rules, allow_failed=settings.allow_failed)
+    while not (made and made[-1].last):
+        number = unit.begun.parts + len(made)
+        try:
+            report = _write(number, reading, settings, encoder, on_batch)
+        except EncoderMismatch as error:
+            encoder, mismatch = Encoder(encoder.tokenizer, backend="tokenizers"), str(error)
+            left = replace(unit, begun=begun_by(made, unit.begun))
+            reading = PartReader(left, settings.rules, allow_failed=settings.allow_failed)
+            continue
+        if mismatch:
+            report, mismatch = report.model_copy(update={"mismatch": mismatch}), ""
+        report.save(settings.output)
+        made.append(report)
+    return tuple(made)
 
 
-def _write(unit: Unit, settings: UnitSettings, encoder: Encoder, on_batch: OnBatch | None) -> UnitReport:
+def _write(
+    number: int, reading: PartReader, settings: UnitSettings, encoder: Encoder, on_batch: OnBatch | None
+) -> UnitReport:
+    """The next part of a unit."""
+    unit = reading.unit
     held_out = {piece.index: piece.source.held_out for piece in unit.pieces}
-    reading = _Reading(allow_failed=settings.allow_failed)
     documents, text_bytes, lowest_draw = 0, 0, 2**64 - 1
-    split = settings.split
+    split, part = settings.split, part_name(unit.number, number)
     with ExitStack() as stack:
         sinks: dict[SplitName, _Sink] = {}
         for name in SPLITS:
-            writer = ShardWriter(settings.output, f"{name}-{unit.name}", vocab_size=settings.vocab_size)
-            where = partial(_where, unit)
+            writer = ShardWriter(settings.output, f"{name}-{part}", vocab_size=settings.vocab_size)
+            where = reading.where
             sinks[name] = _Sink(stack.enter_context(writer), encoder, settings.eos_id, on_batch=on_batch, where=where)
-        quarantine = stack.enter_context(_Quarantine(settings.output, unit))
-        for record in reading.records(unit, settings.rules):
+        quarantine = stack.enter_context(_Quarantine(settings.output, part))
+        for record in reading.part():
             if isinstance(record, Rejected):
-                quarantine.add(_refused(record, unit, strict=settings.strict))
+                quarantine.add(_refused(record, reading, strict=settings.strict))
                 continue
             content = record.content
             draw = split.draw(content)
@@ -192,77 +209,41 @@ def _write(unit: Unit, settings: UnitSettings, encoder: Encoder, on_batch: OnBat
                 sinks[split.side(draw, held_out=held_out[record.source])].add(content, record)
         set_aside = quarantine.commit()
         written = {name: sink.finish() for name, sink in sinks.items()}
-    noticed = sum((sink.noticed for sink in sinks.values()), Counter({"invalid bytes replaced": reading.replaced}))
+    counted = reading.end_part()
+    noticed = sum((sink.noticed for sink in sinks.values()), Counter({"invalid bytes replaced": counted.replaced}))
     return UnitReport(
         unit=unit.number,
-        part=unit.part,
+        part=number,
+        last=reading.ended,
         key=settings.key(unit),
         shards={name: shard for name, shard in written.items() if shard},
         first_sources={name: sink.first_source for name, sink in sinks.items() if written[name]},
         documents=documents,
         text_bytes=text_bytes,
-        rows=reading.rows,
+        rows=counted.rows,
         drops=quarantine.drops,
         examples=tuple(quarantine.examples),
         noticed={what: count for what, count in noticed.items() if count},
         quarantine=set_aside,
         lowest_draw=lowest_draw,
-        failed=tuple(reading.failed),
+        failed=counted.failed,
     )
 
 
-class _Reading:
-    """The records of a unit's pieces, and what was counted of them."""
-
-    def __init__(self, *, allow_failed: bool) -> None:
-        self.allow_failed = allow_failed
-        self.rows: dict[int, int] = {}
-        self.replaced = 0
-        self.failed: list[str] = []
-
-    def records(self, unit: Unit, rules: TextRules) -> Iterator[Document | Rejected]:
-        """All records in order. Raises `DamagedInputError`, or goes on with the next piece if that is allowed."""
-        for piece in unit.pieces:
-            first = last = self.rows.get(piece.index, 0)
-            records = read_piece(piece, rules, first=first)
-            try:
-                while True:
-                    record = next(records)
-                    last = record.row + 1
-                    yield record
-            except StopIteration as end:
-                counted: PieceRows = end.value
-            except UserError as error:
-                if not self.allow_failed:
-                    raise DamagedInputError(str(error)) from None
-                self.failed.append(str(error))
-                # rows of the source that follow are counted from the end of the piece, or of what was read of it
-                counted = PieceRows(max(last - first, promised_rows(piece)), 0)
-            self.replaced += counted.replaced
-            self.rows[piece.index] = first + counted.rows
-
-
-def _refused(record: Rejected, unit: Unit, *, strict: bool) -> Rejected:
+def _refused(record: Rejected, reading: PartReader, *, strict: bool) -> Rejected:
     if strict and record.reason != EMPTY:
-        where = _where(unit, record.source, record.row)
+        where = reading.where(record.source, record.row)
         raise UserError(f"--strict: {where}: {with_remedy(record.reason)}: {record.excerpt[:80]}")
     return record
 
 
-def _where(unit: Unit, source: int, row: int) -> str:
-    """A row of a unit, for a person to find."""
-    piece = next(piece for piece in unit.pieces if piece.index == source)
-    counted = f" counted from {piece.start}" if piece.start else ""
-    return f"{piece.source.name}, row {row}{counted}"
-
-
 class _Quarantine:
-    """Writes the rejected records of a unit, one JSON object a line, as they come: there may be very many."""
+    """Writes the rejected records of a part, one JSON object a line, as they come: there may be very many."""
 
-    def __init__(self, output: Path, unit: Unit) -> None:
+    def __init__(self, output: Path, part: str) -> None:
         self.drops: Counter[str] = Counter()
         self.examples: list[Rejected] = []
-        self._path = output / f"quarantine-{unit.name}.jsonl"
+        self._path = output / f"quarantine-{part}.jsonl"
         self._temporary = self._path.with_name(f"{self._path.name}.{token_hex(4)}.tmp")
         self._file: IO[bytes] | None = None
 

@@ -33,14 +33,13 @@ def open_stream(
     start: int = 0,
     stop: int | None = None,
     drop_bom: bool = True,
-    damage: str = "",
 ) -> io.BufferedReader:
     """The bytes [start, stop) of a plain file, or all of a compressed one, less a byte order mark at their beginning.
 
     Opening and reading raise `UserError` naming `name` and the offset in the text where the file is damaged, ends
-    early (compressed data cut short; a plain file that is shorter than `stop`) or cannot be read; and `damage` at the
-    end of what was saved of a file. `read1` and `readline` give what precedes, but for the text of a few kilobytes of
-    compressed data in which the damage lies; `read` drops what it had of a block. The caller closes.
+    early (compressed data cut short; a plain file that is shorter than `stop`) or cannot be read. `read1` and
+    `readline` give what precedes, but for the text of a few kilobytes of compressed data in which the damage lies;
+    `read` drops what it had of a block. The caller closes.
     """
     try:
         source: io.IOBase
@@ -50,7 +49,7 @@ def open_stream(
             source = path.open("rb", buffering=0)
             source.seek(start)
         left = None if stop is None else stop - start
-        raw = _Raw(source, name, start, left=left, drop_bom=drop_bom, damage=damage)
+        raw = _Raw(source, name, start, left=left, drop_bom=drop_bom)
         return io.BufferedReader(raw, BLOCK_BYTES)
     except OSError as error:
         raise UserError(f"cannot read {name}: {error.strerror or error}") from None
@@ -98,9 +97,8 @@ class _Zstd(io.RawIOBase):
 class _Raw(io.RawIOBase):
     """At most `left` bytes of a source; what goes wrong in it is the user's to know."""
 
-    def __init__(self, source: Any, name: str, position: int, *, left: int | None, drop_bom: bool, damage: str) -> None:
+    def __init__(self, source: Any, name: str, position: int, *, left: int | None, drop_bom: bool) -> None:
         self._source, self._name, self._position, self._left = source, name, position, left
-        self._damage = damage
         self._head = b""
         if drop_bom:
             head = bytearray()
@@ -120,7 +118,6 @@ class _Raw(io.RawIOBase):
         return size
 
     def _fill(self, view: memoryview) -> int:
-        wanted = len(view)
         if self._left is not None:
             view = view[: self._left]
         try:
@@ -137,8 +134,6 @@ class _Raw(io.RawIOBase):
                     "the work was planned; it is damaged or incomplete, or was changed meanwhile: run again"
                 )
             self._left -= size
-        if not size and wanted and self._damage:
-            raise UserError(self._damage)
         self._position += size
         return size
 

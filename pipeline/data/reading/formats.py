@@ -81,10 +81,8 @@ class Source:
 class Piece:
     """A part of a source: [start, stop) counts bytes of its file, row groups (parquet) or rows (saved datasets).
 
-    `index` is the number of the source among all, `size` the expected bytes of text. `offset` counts the bytes of text
-    that came before the file: it is not 0 for later parts of a cut stream. `whole`: the piece is all of its source;
-    otherwise a text without separators is cut into documents of about 1 MB. `damage` is what stopped the cutting of a
-    stream after this part: reading it ends with that.
+    `index` is the number of the source among all, `size` the expected bytes of text. `whole`: the piece is all of its
+    source; otherwise a text without separators is cut into documents of about 1 MB.
     """
 
     source: Source
@@ -92,9 +90,7 @@ class Piece:
     start: int
     stop: int
     size: int
-    offset: int = 0
     whole: bool = True
-    damage: str = ""
 
 
 @dataclass(frozen=True)

@@ -2,52 +2,59 @@
 
 In: sources in order. Out: units of about 64 MB of text, each a list of pieces. Planning reads metadata and, of each
 large file, the places where it is cut, never whole files; the number of workers never enters. A table or an array is
-one unit, for where its rows begin is known only to who read what is before them. A compressed file that is larger than
-a unit becomes a stream unit, and `cut_stream` makes plain files of it.
+one piece, and so is a compressed file, for where its records begin is known only to who read what is before them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from io import BufferedReader
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import IO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.reading.bytestream import BLOCK_BYTES, CutFinder, open_stream
+from pipeline.data.reading.bytestream import BLOCK_BYTES, CutFinder
 from pipeline.data.reading.formats import Piece, Source, TextRules
 from pipeline.data.reading.readers import column_bytes, require_column
 from pipeline.errors import UserError
 
 _COMPRESSION_RATIO = 4
-"""Expected text bytes of a compressed byte: decides whether a file is cut as a stream, and feeds the progress bar."""
+"""Expected text bytes of a compressed byte: decides what shares a unit, and feeds the progress bar."""
 _FIRST_LOOK_BYTES = 2**16
 
 
 @dataclass(frozen=True)
-class Unit:
-    """Work for one task: pieces in order, about `TextRules.unit_bytes` of text.
+class Begun:
+    """What is done of a unit: its first `parts` parts hold `records` of its records and `rows` of each source."""
 
-    A unit with `stream` is one source to be cut by `cut_stream`, a unit with `part` a result of that.
-    """
+    parts: int = 0
+    records: int = 0
+    rows: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Work for one task: pieces in order, about `TextRules.unit_bytes` of text, or one source that cannot be cut."""
 
     number: int
     pieces: tuple[Piece, ...]
-    part: int | None = None
-    stream: bool = False
+    begun: Begun = Begun()
 
     @property
     def name(self) -> str:
-        """`00012`; part 3 of it is `00012-0003`. Names sort as units and parts do."""
-        return f"{self.number:05d}" + ("" if self.part is None else f"-{self.part:04d}")
+        """`00012`. Names sort as units do, up to 100,000 of them."""
+        return f"{self.number:05d}"
 
     @property
     def size(self) -> int:
         """Expected bytes of text."""
         return sum(piece.size for piece in self.pieces)
+
+    @property
+    def may_be_any_size(self) -> bool:
+        """Whether it holds sources that are not cut, so that it may have more text than a unit should."""
+        return any(piece.source.compression or piece.source.kind in ("csv", "json") for piece in self.pieces)
 
 
 def plan_units(sources: Sequence[Source], rules: TextRules) -> tuple[Unit, ...]:
@@ -56,96 +63,24 @@ def plan_units(sources: Sequence[Source], rules: TextRules) -> tuple[Unit, ...]:
     Raises `UserError` for a parquet file without the text column and for a file that cannot be opened.
     """
     groups: list[list[Piece]] = []
-    streams: set[int] = set()
     filled = rules.unit_bytes + 1
     empty: list[Piece] = []  # files that hold nothing are counted where there is work: they begin no unit
     for index, source in enumerate(sources):
         if not source.size:
             empty += [Piece(source, index, 0, 0, 0)] if source.kind == "text" else []
             continue
-        stream = _is_stream(source, rules)
         for piece in _cut(source, index, rules):
-            if stream or filled + piece.size > rules.unit_bytes:
+            if filled + piece.size > rules.unit_bytes:
                 groups.append([])
                 filled = 0
-            if not stream:
-                groups[-1] += empty
-                empty = []
-            groups[-1].append(piece)
+            groups[-1] += [*empty, piece]
             filled += piece.size
-        if stream:
-            streams.add(len(groups) - 1)  # nothing joins it: it is over the size of a unit
-    if empty and (not groups or len(groups) - 1 in streams):
+            empty = []
+    if empty and not groups:
         groups.append([])
     if empty:
         groups[-1] += empty
-    return tuple(Unit(number, tuple(pieces), stream=number in streams) for number, pieces in enumerate(groups))
-
-
-def cut_stream(unit: Unit, rules: TextRules, *, into: Callable[[int], Path]) -> Iterator[Unit]:
-    """Read the source of a stream unit once; part k goes to the plain file `into(k)` and is then yielded.
-
-    Parts are what a plain file of that content would be cut into. Where the source is damaged, the part begun is the
-    last one: its piece says what is wrong, and reading it ends with that; `UserError` where no part is begun. A part
-    whose file cannot be written (`OSError`) is removed.
-    """
-    (piece,) = unit.pieces
-    source, start, number = piece.source, 0, 0
-    with open_stream(source.file, source.compression, name=source.name, drop_bom=False) as stream:
-        parts = _LineParts(stream, source, rules)
-        while parts.more():
-            path, damage = into(number), ""
-            try:
-                with path.open("wb") as file:
-                    try:
-                        parts.write(file)
-                    except UserError as error:
-                        damage = str(error)
-                    size = file.tell()
-            except BaseException:
-                path.unlink(missing_ok=True)
-                raise
-            whole = number == 0 and size <= rules.unit_bytes  # a part that is cut off is larger
-            plain = replace(source, path=str(path), compression="")
-            part = Piece(plain, piece.index, 0, size, size, offset=start, whole=whole, damage=damage)
-            yield Unit(unit.number, (part,), part=number)
-            if damage:
-                return
-            start, number = start + size, number + 1
-
-
-class _LineParts:
-    """Parts of a stream, cut where `CutFinder` says."""
-
-    def __init__(self, stream: BufferedReader, source: Source, rules: TextRules) -> None:
-        self._stream, self._source, self._rules = stream, source, rules
-        self._start = 0
-        self._rest = b""
-
-    def more(self) -> bool:
-        """Whether there is another part."""
-        self._rest = self._rest or self._stream.read1(BLOCK_BYTES)
-        return bool(self._rest)
-
-    def write(self, file: IO[bytes]) -> None:
-        """Write the next part; what is there before damage is in it."""
-        finder, position = _finder(self._source, self._rules, self._start), self._start
-        block, self._rest = self._rest, b""
-        while block:
-            skip = finder.position - position
-            cut = finder.find(block[skip:]) if skip < len(block) else None
-            if cut is not None:
-                file.write(block[: cut - position])
-                self._start, self._rest = cut, block[cut - position :]
-                return
-            file.write(block)
-            position += len(block)
-            block = self._stream.read1(BLOCK_BYTES)
-
-
-def _is_stream(source: Source, rules: TextRules) -> bool:
-    large = source.size * _COMPRESSION_RATIO > rules.unit_bytes
-    return bool(source.compression) and source.kind in ("text", "jsonl") and large
+    return tuple(Unit(number, tuple(pieces)) for number, pieces in enumerate(groups))
 
 
 def _cut(source: Source, index: int, rules: TextRules) -> Iterator[Piece]:

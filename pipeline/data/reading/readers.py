@@ -79,8 +79,6 @@ def count_rows(piece: Piece) -> int | None:
     """Rows of a piece without parsing a record or holding one: of tables and JSON lines. None where that cannot be."""
     if piece.source.kind in ("saved", "parquet"):
         return promised_rows(piece)
-    if piece.damage:  # nothing follows it
-        return 0
     if piece.source.kind != "jsonl":
         return None
     lines, last = 0, b"\n"
@@ -136,8 +134,7 @@ def _stream(piece: Piece) -> io.BufferedReader:
         name=source.name,
         start=piece.start,
         stop=piece.stop,
-        drop_bom=piece.start + piece.offset == 0,
-        damage=piece.damage,
+        drop_bom=piece.start == 0,
     )
 
 
