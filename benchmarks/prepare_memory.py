@@ -3,7 +3,7 @@
     python -m benchmarks.prepare_memory --tokenizer TOKENIZER.json [--megabytes 2000]
 
 The bound is 200 MB a worker + 1 GB for the whole process tree (sum of proportional set sizes, so that shared pages
-count once). Inputs: a large JSONL, one text of a quarter of its size without any separator, the same as gzip stream,
+count once). Inputs: a large JSONL, one text of a quarter of its size without any separator, the same as gzip,
 and one line of a tenth of its size, set aside and cut.
 """
 
@@ -65,7 +65,7 @@ def make_inputs(folder: Path, size: int) -> dict[str, list[str]]:
         f"one text of {text.stat().st_size / 1e6:,.0f} MB": [str(text)],
         "the same as gzip": [f"{text}.gz"],
         f"one line of {line.stat().st_size / 1e6:,.0f} MB, set aside": [str(line), *lenient],
-        "the same, cut": [str(line), "--long-documents", "cut"],
+        "the same, cut": [str(line), "--long-documents", "cut", "--max-record-bytes", str(size)],
     }
 
 
