@@ -102,13 +102,16 @@ def test_damage_ends_a_unit_and_keeps_the_parts_before_it(tmp_path: Path) -> Non
     lines = b"".join(json.dumps({"text": random.Random(i).randbytes(300).hex()}).encode() + b"\n" for i in range(400))
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines)[:-3000])
     reader = PartReader(unit_of(tmp_path), RULES, allow_failed=False)
-    done = 0
-    with pytest.raises(DamagedInputError, match=r"a\.jsonl\.gz past byte"):
+    done: list[PartCounts] = []
+
+    def read() -> None:
         while True:
             list(reader.part())
-            reader.end_part()
-            done += 1
-    assert done > 50
+            done.append(reader.end_part())
+
+    with pytest.raises(DamagedInputError, match=r"a\.jsonl\.gz past byte"):
+        read()
+    assert len(done) > 50
 
 
 def test_damage_that_comes_where_parts_are_done_is_told(tmp_path: Path) -> None:
