@@ -11,12 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data.reading.bytestream import BLOCK_BYTES, CutFinder
 from pipeline.data.reading.formats import Piece, Source, TextRules
-from pipeline.data.reading.readers import column_bytes, require_column
+from pipeline.data.reading.readers import DAMAGE, column_bytes, require_column
 from pipeline.errors import UserError
 
 _COMPRESSION_RATIO = 4
@@ -111,12 +110,12 @@ def _cut_row_groups(source: Source, index: int, rules: TextRules) -> Iterator[Pi
     try:
         with pq.ParquetFile(source.file) as file:
             metadata, names = file.metadata, file.schema_arrow.names
-    except (OSError, pa.ArrowException):
+    except DAMAGE:
         yield Piece(source, index, 0, 0, source.size)
         return
     require_column(names, source.name, rules.key)
     groups = metadata.num_row_groups
-    sizes = [column_bytes(metadata.row_group(number), rules.key) for number in range(groups)]
+    sizes = [column_bytes(metadata, number, rules.key) for number in range(groups)]
     start, size = 0, 0
     for number in range(groups):
         if number > start and size + sizes[number] > rules.unit_bytes:

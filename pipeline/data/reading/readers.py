@@ -37,6 +37,8 @@ from pipeline.errors import UserError
 _BATCH_BYTES, _BATCH_ROWS = 4 * MIB, 256
 _KEY_RECORDS = 100
 _MALFORMED = "malformed JSON"
+DAMAGE = (OSError, EOFError, pa.ArrowException, UnicodeDecodeError)
+"""What pyarrow and streams raise for damaged files; the last one for names in the metadata of parquet."""
 Records = Generator[Record, None, int]
 
 
@@ -56,7 +58,7 @@ def read_piece(piece: Piece, rules: TextRules, *, first: int = 0) -> Generator[R
     judge = Judge(rules, piece.index)
     try:
         rows = yield from _READERS[piece.source.kind](piece, judge, first)
-    except (OSError, EOFError, pa.ArrowException) as error:
+    except DAMAGE as error:
         raise _damaged(piece.source.name, error) from None
     return PieceRows(rows, judge.replaced)
 
@@ -71,7 +73,7 @@ def promised_rows(piece: Piece) -> int:
         with pq.ParquetFile(piece.source.file) as file:
             groups = range(piece.start, min(piece.stop, file.num_row_groups))
             return sum(file.metadata.row_group(group).num_rows for group in groups)
-    except (OSError, pa.ArrowException):
+    except DAMAGE:
         return 0
 
 
@@ -86,7 +88,7 @@ def count_rows(piece: Piece) -> int | None:
         with _stream(piece) as stream:
             while block := stream.read1(BLOCK_BYTES):
                 lines, last = lines + block.count(b"\n"), block[-1:]
-    except (OSError, EOFError, UserError):  # gone, or damaged
+    except (*DAMAGE, UserError):  # gone, or damaged
         return None
     return lines + (last != b"\n")
 
@@ -101,7 +103,7 @@ def keys_of(source: Source) -> list[str] | None:
             return list(pq.ParquetFile(source.file).schema_arrow.names)
         if source.kind == "saved":
             return list(load_saved(source.name).column_names)
-    except (OSError, EOFError, pa.ArrowException) as error:
+    except DAMAGE as error:
         raise _damaged(source.name, error) from None
     with _stream(Piece(source, 0, 0, source.size, source.size)) as stream:
         if source.kind == "csv":
@@ -297,24 +299,26 @@ def _read_parquet(piece: Piece, judge: Judge, first: int) -> Records:
         if not piece.start < piece.stop <= file.num_row_groups:  # its metadata could not be read then
             raise UserError(f"{source.name} is another file than when the work was planned; run again")
         for group in range(piece.start, piece.stop):
-            metadata = file.metadata.row_group(group)
+            rows = file.metadata.row_group(group).num_rows
             # Few rows at a time when they are large, and never many: equal texts are stored once.
-            step = min(_BATCH_BYTES * metadata.num_rows // max(column_bytes(metadata, key), 1), _BATCH_ROWS)
+            step = min(_BATCH_BYTES * rows // max(column_bytes(file.metadata, group, key), 1), _BATCH_ROWS)
             for batch in file.iter_batches(max(step, 1), row_groups=[group], columns=[key], use_threads=False):
                 yield from _column(batch.column(key), judge, row)  # beside it may lie `key.x`
                 row += batch.num_rows
     return row - first
 
 
-def column_bytes(group: Any, key: str) -> int:
-    """Unpacked bytes of the column `key` in the metadata of a row group, at least one where it has rows.
+def column_bytes(metadata: Any, number: int, key: str) -> int:
+    """Unpacked bytes of the column `key` in a row group of some parquet metadata, at least one where it has rows.
 
     A dot parts the names of nested columns, and may be in the name of a flat one, which then is the one that is meant.
+    Other columns are not asked for: pyarrow ends the process (25.0) where the statistics of one are damaged.
     """
-    columns = [group.column(number) for number in range(group.num_columns)]
-    sizes = [(column.path_in_schema, column.total_uncompressed_size) for column in columns]
-    flat = [size for path, size in sizes if path == key]
-    size: int = sum(flat or [size for path, size in sizes if path.startswith(f"{key}.")])
+    paths = [metadata.schema.column(place).path for place in range(metadata.num_columns)]
+    nested = [place for place, path in enumerate(paths) if path.startswith(f"{key}.")]
+    chosen = [place for place, path in enumerate(paths) if path == key] or nested
+    group = metadata.row_group(number)
+    size = sum(int(group.column(place).total_uncompressed_size) for place in chosen)
     return size or min(int(group.num_rows), 1)
 
 
