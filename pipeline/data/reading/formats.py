@@ -25,7 +25,7 @@ EMPTY = "text is empty"
 _REMEDIES = {
     "text over ": "--max-doc-bytes N allows longer ones, --long-documents cut keeps them in parts",
     "record over ": "--max-record-bytes N allows longer ones",
-    "invalid UTF-8": "--invalid-utf8 replace keeps it with U+FFFD in place of the bad bytes",
+    "invalid UTF-8": "--invalid-utf8 replace keeps it with U+FFFD for the bad bytes, iconv converts other encodings",
     "lone surrogate": "--invalid-utf8 replace keeps it with U+FFFD in its place",
     "no key ": "--text-key KEY names another",
 }
