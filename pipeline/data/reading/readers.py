@@ -112,8 +112,17 @@ def keys_of(source: Source) -> list[str] | None:
         if source.kind == "json":
             found = (_parsed(value) for value in _json_values(stream, rules, source.name))
         else:
-            found = map(_parsed, iter(partial(stream.readline, rules.record_bytes), b""))
+            found = map(_parsed, _lines_within(stream, rules.record_bytes))
         return next((list(record) for record in islice(found, _KEY_RECORDS) if isinstance(record, dict)), None)
+
+
+def _lines_within(stream: io.BufferedReader, limit: int) -> Iterator[bytes]:
+    """The lines that have at most `limit` bytes."""
+    while line := stream.readline(limit + 1):
+        if len(line) > limit and not line.endswith(b"\n"):
+            skip_line(stream)
+        else:
+            yield line
 
 
 def require_column(columns: list[str], name: str, key: str) -> None:
