@@ -71,7 +71,7 @@ def separated(stream: io.BufferedReader, separator: bytes, limit: int) -> Iterat
         yield gathered.take()
 
 
-_JSON_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+(")?|[\[\]{},]', re.DOTALL)
+_JSON_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+(")?|[\[{]++|[\]},]', re.DOTALL)
 
 
 def json_elements(stream: io.BufferedReader, limit: int, *, name: str) -> Iterator[bytes | Overlong]:
@@ -93,7 +93,7 @@ def json_elements(stream: io.BufferedReader, limit: int, *, name: str) -> Iterat
                 if match.group(1) is None:
                     prefix = b'"' if match.end() == len(window) else b'"\\'
             elif token in b"[{":
-                depth += 1
+                depth += match.end() - match.start()
             elif depth and token in b"]}":
                 depth -= 1
             elif not depth and token in b",]":
