@@ -211,6 +211,22 @@ def test_a_limit_on_records_of_its_own(tmp_path: Path) -> None:
     assert len(texts_of(read(tmp_path, rules=TextRules(max_record_bytes=600)))) == 2
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_json_that_would_take_far_more_memory_than_it_is_long_is_not_parsed(tmp_path: Path, name: str) -> None:
+    nested = b'{"text": "x", "more": [1' + b",[]" * 9_000_000 + b"]}"
+    between = {"a.jsonl": (b"", b"\n", b"\n"), "a.json": (b"[", b",", b"]")}[name]
+    (tmp_path / name).write_bytes(between[0] + nested + between[1] + b'{"text": "good"}' + between[2])
+    records = read(tmp_path)
+    assert faults_of(records) == [(0, "JSON of over 8388608 arrays and objects")]
+    assert [record.content for record in records if isinstance(record, Document)] == [b"good"]
+
+
+def test_a_long_text_full_of_brackets_is_a_text(tmp_path: Path) -> None:
+    text = "f(a[0], {}) " * 1_600_000
+    (tmp_path / "a.jsonl").write_bytes(json_lines([text]))
+    assert texts_of(read(tmp_path)) == [text]
+
+
 def test_a_text_at_the_limit_stays_and_one_more_byte_goes() -> None:
     for name, layout in LAYOUTS.items():
         records = records_of(layout(["x" * 100, "é" * 50, "x" * 101]), name, LIMITED)
