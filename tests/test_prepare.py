@@ -614,7 +614,7 @@ def test_a_dask_cluster_of_two_processes_makes_the_same_bytes(corpus: Path) -> N
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        ("spark://x", "--executor wants dask://HOST:PORT .* 1 to 65535, got 'spark://x'"),
+        ("spark://x", "--executor wants dask://HOST:PORT, got 'spark://x'; a port is"),
         ("dask://", "--executor wants dask://HOST:PORT"),
         ("dask://host", "--executor wants dask://HOST:PORT"),
         ("dask://host:", "--executor wants dask://HOST:PORT"),

@@ -134,7 +134,7 @@ def open_place(executor: str | None, workers: int) -> Place:
     if not (
         executor.startswith(DASK) and is_host and port.isascii() and port.isdecimal() and 0 < int(port[:6]) < 2**16
     ):
-        raise UserError(f"--executor wants {DASK}HOST:PORT with a port from 1 to 65535, got {executor!r}")
+        raise UserError(f"--executor wants {DASK}HOST:PORT, got {executor!r}; a port is a number from 1 to 65535")
     address = f"tcp://{host}:{port}"
     with _dask_client(address) as client:
         threads = list(client.nthreads().values())

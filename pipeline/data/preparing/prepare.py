@@ -275,8 +275,7 @@ class _Preparation:
 
     def _do_units(self) -> list[FailedUnit]:
         """Do the units that are not kept and record each once its shards are durable; those that failed."""
-        # what may be longest first, so that nobody waits for it at the end
-        todo = sorted(self._todo(), key=lambda unit: unit.size <= 2 * self.request.rules.unit_bytes)
+        todo = self._todo()
         sizes = {unit.number: raw_size(unit) for unit in todo}
         failed: list[FailedUnit] = []
         try:
