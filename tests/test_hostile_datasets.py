@@ -110,8 +110,9 @@ def test_a_manifest_names_the_files_of_its_shards_and_no_others(
 
 def test_a_ledger_names_files_of_its_folder() -> None:
     values = {
-        "unit": 0, "part": None, "key": "", "shards": {}, "first_sources": {}, "documents": 0, "text_bytes": 0,
-        "rows": {}, "drops": {}, "examples": (), "noticed": {}, "quarantine": "rejected.jsonl", "lowest_draw": 0,
+        "unit": 0, "part": 0, "last": True, "key": "", "shards": {}, "first_sources": {}, "documents": 0,
+        "text_bytes": 0, "rows": {}, "drops": {}, "examples": (), "noticed": {},
+        "quarantine": "rejected.jsonl", "lowest_draw": 0,
     }  # fmt: skip
     assert UnitReport.model_validate(values).quarantine == "rejected.jsonl"
     with pytest.raises(ValueError, match="plain name"):

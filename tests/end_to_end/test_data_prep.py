@@ -159,6 +159,10 @@ MISTAKES = {
         ["good.jsonl", "--output", "out", "--text-separator", "\udcff"],
         "--text-separator: input should be a valid string, unable to parse raw data as a unicode string",
     ),
+    "key that is no text": (
+        ["good.jsonl", "--output", "out", "--text-key", "\udcff", "--eos", "\udcff"],
+        "raw data as a unicode string, got '\\udcff'\n  --text-key: input should be a valid string",
+    ),
     "two modes": (["--inspect", "a", "--verify", "b"], "--inspect and --verify exclude each other"),
     "mode and output": (["--verify", "a", "--output", "out"], "--verify and --output exclude each other"),
     "mode and input": (["--inspect", "a", "good.jsonl"], "--inspect and the input 'good.jsonl' exclude each other"),

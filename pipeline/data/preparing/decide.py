@@ -96,7 +96,7 @@ def make_tokenizer(request: Request, units: Sequence[Unit], console: Console) ->
 def describe_tokenizer(tokenizer: TextTokenizer, console: Console) -> None:
     """Print which token was taken to end documents, and what the tokenizer does by default but not here."""
     for note in filter(None, (tokenizer.choice, *tokenizer.notes)):
-        console.print(f"note: {note}", markup=False)
+        console.print(printable(f"note: {note}"), markup=False)
 
 
 def encoder_for(request: Request, tokenizer: TextTokenizer, seen: Survey, units: Sequence[Unit]) -> tuple[Encoder, str]:

@@ -73,6 +73,8 @@ def _threshold(value: float) -> float:
     return value
 
 
+Word = Annotated[str, Field(min_length=1)]
+"""A bound on its length makes pydantic refuse what is not UTF-8, too."""
 Folder = Annotated[Annotated[Path, AfterValidator(Path.expanduser)] | None, _shown_as("DIR")]
 
 
@@ -81,7 +83,7 @@ class TokenFlags(Section):
 
     tokenizer: Annotated[str, AfterValidator(_tokenizer), _shown_as("NAME|FILE|train:N|chars|bytes")] = "gpt2"
     """Hub name, tokenizer.json or its folder, FILE.tiktoken, train:N (trained on the corpus), chars or bytes."""
-    eos: Annotated[str | None, _shown_as("TOKEN")] = None
+    eos: Annotated[Word | None, _shown_as("TOKEN")] = None
     """Token that ends a document (default: the one that the tokenizer's folder names, else a special token with a
     common name)."""
     encoder: Literal["auto", "gigatoken", "tokenizers"] = "auto"
@@ -91,11 +93,9 @@ class TokenFlags(Section):
 class DocumentFlags(Section):
     """What is a document."""
 
-    text_key: Annotated[str, _shown_as("K")] = "text"
+    text_key: Annotated[Word, _shown_as("K")] = "text"
     """Key or column that holds the text."""
-    text_separator: Annotated[
-        Annotated[str, Field(min_length=1), AfterValidator(_unescaped)] | None, _shown_as("S")
-    ] = None
+    text_separator: Annotated[Annotated[Word, AfterValidator(_unescaped)] | None, _shown_as("S")] = None
     r"""Cuts plain text files into documents; \n and \t are understood (default: a file is one document)."""
     exclude: Annotated[tuple[str, ...], Field(min_length=1), _shown_as("GLOB ...")] = ()
     """Leave out files that match."""
