@@ -183,7 +183,7 @@ def _pretrain(arguments: list[str], sender: Any, before: Callable[[], None] | No
         sender.send(printed.getvalue())
 
 
-def _pretrain_into(arguments: list[str], output: str, before: Callable[[], None] | None) -> None:
+def _pretrain_into(arguments: list[str], output: str, before: Callable[[], None] | None = None) -> None:
     _print_into(output)
     if before is not None:
         before()

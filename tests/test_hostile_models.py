@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import sample
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import UserError
-from pipeline.model.hf import hf_eos_ids, load_hf
+from pipeline.model.hf import load_hf
 from pipeline.train.saving.checkpoint import inspect, load_model, read_state, resolve_checkpoint
 from pipeline.train.saving.manifest import read_manifest
 from tests.fuzz.mutate import sign_checkpoint
@@ -300,11 +300,18 @@ def test_entries_of_wrong_types_in_a_config_are_named(key: str, value: Any, llam
     soon(lambda: load_hf(llama), rf"config\.json cannot be read: {key}")
 
 
-@pytest.mark.parametrize("value", ["x", [1, "x"], {"a": 1}, -1, 1.5, True, 2**64])
+@pytest.mark.parametrize("value", ["x", [1, "x"], {"a": 1}, 1.5, True])
 def test_an_end_of_text_of_the_wrong_type_is_named(value: Any, llama: Path) -> None:
     change_json(llama / "generation_config.json", lambda config: config.update(eos_token_id=value))
     with pytest.raises(UserError, match=r"generation_config\.json cannot be read: eos_token_id"):
-        hf_eos_ids(llama)
+        load_tokenizer(str(llama))
+
+
+@pytest.mark.parametrize("value", [-1, 2**64])
+def test_an_end_of_text_that_is_no_token_is_passed_over(value: int, llama: Path) -> None:
+    expected = load_tokenizer(str(llama)).eos_id
+    change_json(llama / "generation_config.json", lambda config: config.update(eos_token_id=value))
+    assert load_tokenizer(str(llama)).eos_id == expected
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])

@@ -11,6 +11,7 @@ import xxhash
 
 from pipeline.errors import UserError
 from pipeline.train.saving import storage
+from pipeline.train.saving.manifest import manifest_of, read_manifest
 from pipeline.train.saving.storage import (
     DAMAGED_MANIFEST,
     MANIFEST,
@@ -22,10 +23,8 @@ from pipeline.train.saving.storage import (
     is_file,
     is_folder,
     locate,
-    manifest_of,
     read_bytes,
     read_into,
-    read_manifest,
     size_of,
     write_bytes,
     writing,

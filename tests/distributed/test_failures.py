@@ -22,10 +22,10 @@ from pipeline.train.saving.checkpoint import list_checkpoints, verify
 from tests.distributed.faulty import act_of, at
 from tests.support import (
     FORKS,
-    _main,
     _print_into,
     make_dataset,
     record,
+    run_main,
     run_pretrain,
     run_ranks,
     tiny_settings,
@@ -236,7 +236,7 @@ def as_srun_does(rank: int, port: int, config: str, output: str, place: str, wha
     places = {"SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": port, "RANK": rank}
     os.environ.update({name: str(value) for name, value in {**step, **places}.items()})
     at(place, act_of(what), rank=0, when=Path(output).with_suffix(".when"))
-    _main([config])
+    run_main([config])
 
 
 @pytest.mark.parametrize(

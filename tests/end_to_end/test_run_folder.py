@@ -75,6 +75,12 @@ def rename_in_step(step: int, how: Callable[[Path], None], folder: Path) -> None
     at_step(step, partial(how, folder))
 
 
+def remove(folder: Path) -> None:
+    """Also while a checkpoint is written into it, which renames what is about to be deleted."""
+    while folder.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def rename_while_saving(folder: Path) -> None:
     """Between the look at the folder and the first file of a checkpoint."""
     make = LocalShelf.make
@@ -116,7 +122,7 @@ def test_a_folder_in_the_place_of_the_renamed_one_is_left_alone(config: Path, tm
 
 
 def test_a_folder_removed_midway(config: Path, tmp_path: Path) -> None:
-    printed = mistake(config, before=partial(rename_in_step, 6, shutil.rmtree, tmp_path / "run"))
+    printed = mistake(config, before=partial(rename_in_step, 6, remove, tmp_path / "run"))
     assert "was renamed, removed or replaced while this run was writing into it: nothing more is written" in printed
     assert not (tmp_path / "run").exists()
 

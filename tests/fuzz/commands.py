@@ -31,9 +31,9 @@ from pipeline.data.preparing.prepare import prepare
 from pipeline.data.preparing.request import Request
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.explain import read_course
+from pipeline.export import export
 from pipeline.generate.decode import Options
 from pipeline.generate.text import write
-from pipeline.model.hf import save_hf
 from pipeline.model.transformer import build_model
 from pipeline.train.optim import build_optimizer
 from pipeline.train.reporting.metrics import Record, read_record
@@ -92,7 +92,7 @@ def checkpoint(folder: Path, rng: random.Random, changed: Collection[Path]) -> I
     yield lambda: generate(str(run))
     yield lambda: newest_intact(run / "checkpoints", warn=lambda text: None)
     yield lambda: resume(run)
-    yield lambda: export(run, folder / "exported")
+    yield lambda: export(resolve_checkpoint(run), folder / "exported")
     yield lambda: explain(run)
     yield lambda: status.read_status(run)
     yield lambda: records(run)
@@ -112,14 +112,6 @@ def resume(run: Path) -> None:
     restore(place, model=model, optimizer=build_optimizer(model, config.optim))
     resolved(config)
     state.rows_of(1)
-
-
-def export(run: Path, folder: Path) -> None:
-    place = resolve_checkpoint(run)
-    model, _ = load_model(place, device=torch.device("cpu"))
-    save_hf(
-        model, folder, tokenizer_file=Path(str(place / "tokenizer.json")), eos_id=read_state(place).tokenizer_eos_id
-    )
 
 
 def explain(run: Path) -> None:

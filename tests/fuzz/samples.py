@@ -95,7 +95,8 @@ def make_hf(folder: Path, tokenizer_file: Path) -> None:
         tokenizer = load_tokenizer(str(tokenizer_file))
         model = build_model(ModelConfig.model_validate({**SHAPE, **more}), n_tokens=tokenizer.vocab_size)
         initialise(model, seed=1)
-        save_hf(model, folder / name, tokenizer_file=tokenizer_file, eos_id=tokenizer.eos_id)
+        files = tokenizer.exported(context_length=model.config.context_length)
+        save_hf(model, folder / name, tokenizer_files=files, eos_id=tokenizer.eos_id)
     split_weights(folder / "llama")
 
 
