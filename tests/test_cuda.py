@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from pipeline.train.step import StepResult, Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
+ROOT = Path(__file__).parent.parent
 CUDA = torch.device("cuda")
 ROWS, CONTEXT, VOCABULARY = 3, 128, 263
 SHAPES: dict[str, dict[str, Any]] = {
@@ -230,3 +233,20 @@ def test_batches_are_ahead_on_the_device(dataset: Path) -> None:
                 assert {name: t.cpu().tolist() for name, t in part.inputs.items()} == {
                     name: t.tolist() for name, t in right.inputs.items()
                 }
+
+
+# --- libraries
+
+
+def test_segments_of_memory_can_grow() -> None:
+    """The setting is read while torch is imported, so it is looked at in a process of its own."""
+    code = (
+        "from pipeline.train.processes.launched import prepare_allocator; prepare_allocator(); import torch; "
+        "torch.zeros(1, device='cuda'); "
+        "print(torch.cuda.memory._snapshot()['allocator_settings']['expandable_segments'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTORCH_")}
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "True"
