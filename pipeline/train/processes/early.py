@@ -39,17 +39,12 @@ def _launch() -> Launch:
 
 
 def _end_with_torchrun(launch: Launch) -> None:
-    """End this process if its torchrun dies. A job has a watch of its own: once it hears signals, one look more is due.
-
-    The last look comes after the job has noted who its parent is, so that no death falls between the two.
-    """
-    importing = True
-    while importing:
-        importing = signal.getsignal(signal.SIGTERM) is _stop
-        time.sleep(TICK)
+    """End this process if its torchrun dies. A job, once it hears signals, has a watch of its own, which records it."""
+    while signal.getsignal(signal.SIGTERM) is _stop:
         if launch.orphaned:
             _say(f"{launch.who} ends because {orphaned(launch).text}")
             os._exit(EXIT_HUNG)
+        time.sleep(TICK)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -11,6 +11,7 @@ import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from pipeline.errors import EXIT_STOPPED, UserError
@@ -83,13 +84,20 @@ def read_launch() -> Launch:
     """The launch of this process; under srun also exports it the way torchrun does. Errors: see `launch_of`."""
     launch = launch_of(os.environ, host=socket.gethostname())
     if launch.elastic:
-        launch = replace(launch, parent=os.getppid())
+        launch = replace(launch, parent=_parent(os.getpid()))
     if launch.world_size > 1:
         os.environ.update(
             RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(launch.local_rank),
             LOCAL_WORLD_SIZE=str(launch.local_world_size), MASTER_ADDR=launch.address, MASTER_PORT=str(launch.port),
         )  # fmt: skip
     return launch
+
+
+@cache
+def _parent(process: int) -> int:
+    """Who started this `process`, as it was first asked: a torchrun that dies later is then known to be gone."""
+    assert process == os.getpid(), "a process asks for itself; a fork of it asks anew"
+    return os.getppid()
 
 
 def launch_of(environment: Mapping[str, str], *, host: str) -> Launch:
