@@ -26,7 +26,17 @@ from tokenizers import Tokenizer
 
 from pipeline.data.manifest import TOKENIZER_NAME, canonical_json
 from pipeline.data.tokenizer_files import RANK_SUFFIX, hub_tokenizer, placed, read_definition
-from pipeline.data.tokenizer_library import build, called, changes_of, encoded, find_eos, id_finder, reaches, serialized
+from pipeline.data.tokenizer_library import (
+    build,
+    called,
+    changes_of,
+    encoded,
+    find_eos,
+    id_finder,
+    reaches,
+    refuse_unbounded,
+    serialized,
+)
 from pipeline.data.tokenizer_roles import Beside, Role, candidates, read_beside
 from pipeline.data.tokenizer_schema import check_definition
 from pipeline.data.tokenizer_stream import TextStream
@@ -93,6 +103,7 @@ class TextTokenizer:
         original, definition = definition, {**definition, "truncation": None, "padding": None}
         content = serialized(definition, origin=origin)
         tokenizer = build(content, origin=origin)
+        refuse_unbounded(definition.get("normalizer"))
         added = tokenizer.get_added_tokens_decoder().items()
         specials = {str(token.content): int(number) for number, token in added if token.special}
         eos_id, choice = find_eos(tokenizer, eos, specials=specials, beside=beside or Beside(), origin=origin)

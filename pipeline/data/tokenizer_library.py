@@ -14,12 +14,18 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import orjson
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from pipeline.data.tokenizer_roles import Beside, candidates
-from pipeline.errors import UserError, nearest
+from pipeline.errors import UserError, counted, nearest
 
 Result = TypeVar("Result")
+
+MOST_GROWTH = 2**20
+"""Growth from which a normalizer is refused unseen: of any text a single letter could take a megabyte."""
+GROWTH_REMEDY = "remove its `Replace` steps from tokenizer.json, or choose another --tokenizer"
+_OTHERS = 12
+"""Unicode's own forms make a character at most 11 times as long (NFKC of U+FDFA)."""
 
 
 def serialized(definition: dict[str, Any], *, origin: str) -> bytes:
@@ -42,6 +48,32 @@ def build(content: bytes, *, origin: str) -> Tokenizer:
     return tokenizer
 
 
+def growth(normalizer: dict[str, Any] | None) -> int:
+    """How many times as long as any text of one byte or more its normalized form may be, at the worst."""
+    if not normalizer:
+        return 1
+    kind = normalizer.get("type")
+    if kind == "Sequence":
+        product = 1
+        for step in normalizer.get("normalizers") or ():
+            product *= growth(step)
+        return product
+    if kind == "Prepend":
+        return 1 + len(normalizer["prepend"].encode())
+    if kind == "Replace":
+        content = len(normalizer["content"].encode())
+        # how long a match of an expression is cannot be told: it may be empty, and lie beside every letter
+        literal = len(normalizer["pattern"].get("String", "").encode())
+        return max(1, -(-content // literal)) if literal else 1 + content
+    return 2 if kind in ("ByteLevel", "Lowercase") else _OTHERS
+
+
+def refuse_unbounded(normalizer: dict[str, Any] | None) -> None:
+    """Raise `UserError` for a normalizer that can make a letter a megabyte, before any text is encoded."""
+    if growth(normalizer) > MOST_GROWTH:
+        raise UserError(f"the normalizer of this tokenizer may make text over a million times as long; {GROWTH_REMEDY}")
+
+
 def called(call: Callable[[], Result]) -> Result:
     """What a call of the library gives; what it raises as `UserError`."""
     try:
@@ -53,14 +85,35 @@ def called(call: Callable[[], Result]) -> Result:
 
 
 def encoded(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-    """Ids of all texts end to end, (tokens,), and the tokens of each, (len(texts),). Nothing is added."""
+    """Ids of all texts end to end, (tokens,), and the tokens of each, (len(texts),). Nothing is added.
+
+    Raises `UserError` that names the first text on which the library fails: for a word outside a WordLevel vocabulary,
+    or for a regular expression that gives up.
+    """
+
+    def encode(these: Sequence[str]) -> list[Encoding]:
+        return called(lambda: tokenizer.encode_batch_fast(list(these), add_special_tokens=False))
+
     try:
-        encodings = called(lambda: tokenizer.encode_batch_fast(list(texts), add_special_tokens=False))
-    except UserError as error:  # e.g. for a word outside a WordLevel vocabulary
-        raise UserError(f"the tokenizer cannot encode this text: {error}; use one that covers all text") from None
+        encodings = encode(texts)
+    except UserError as error:
+        text = next(text for text in texts if text is texts[-1] or _fails(encode, text))
+        raise UserError(
+            f"`tokenizers` fails with this tokenizer ({error}) on a text of {counted(len(text), 'character')} that "
+            f"begins with {text[:40]!r}; choose a --tokenizer that covers all text, mend the regular expressions in "
+            "tokenizer.json, or leave this text out"
+        ) from None
     lengths = np.array([len(encoding) for encoding in encodings], np.int64)
     flat = chain.from_iterable(encoding.ids for encoding in encodings)
     return np.fromiter(flat, np.uint32, count=int(lengths.sum())), lengths
+
+
+def _fails(encode: Callable[[Sequence[str]], object], text: str) -> bool:
+    try:
+        encode([text])
+    except UserError:
+        return True
+    return False
 
 
 def id_finder(tokenizer: Tokenizer) -> Callable[[str | int], int | None]:
