@@ -30,7 +30,8 @@ from pipeline.model.hf import save_hf
 from pipeline.model.transformer import build_model, initialise
 
 Figures = dict[str, Any]
-SEQUENCES = 480  # of 1,024 tokens in a global batch of gpt_124m.yaml
+SEQUENCES = 480  # of 1,024 tokens in a global batch: whole micro-batches of 12 and of 40
+AS_OTHERS = ["--train.micro_batch", "40", "--train.batch_tokens", str(SEQUENCES * 1024)]
 GPT2 = Sizes(layers=12, heads=12, width=768, context=1024, vocabulary=50_304)
 SMALL = Sizes(layers=2, heads=2, width=64, context=64, vocabulary=512)
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "tokenizers", "numpy", "pydantic")
@@ -92,8 +93,8 @@ def attention(place: Place) -> Figures:
 
 
 def train_124m(place: Place) -> Figures:
-    """`gpt_124m.yaml` as it is shipped but for the micro-batch: 16 steps with a checkpoint, then 16 tokens of text."""
-    flags = [] if place.smoke else ["--train.micro_batch", "40"]
+    """`gpt_124m.yaml` with micro-batches of 40: 16 steps with a checkpoint, then 16 tokens of text."""
+    flags = [] if place.smoke else AS_OTHERS
     run = succeed(pretrain(place, "gpt_124m", "gpt_124m", *short(16, save=8), *flags))
     began = perf_counter()
     sampled = subprocess.run(
@@ -114,7 +115,7 @@ def train_124m_bf16(place: Place) -> Figures:
     """The same with the residual stream in bf16, killed after ten steps."""
     flags = ["--train.precision", "bf16", "--train.residual", "bf16"]
     if not place.smoke:
-        flags += ["--train.micro_batch", "40"]
+        flags += AS_OTHERS
     run = pretrain(place, "gpt_124m_bf16", "gpt_124m", *short(16), *flags, kill_after=10)
     return _speed(run, middle(list(run.step_seconds().values())))
 
