@@ -54,7 +54,7 @@ def test_unknown_key(config: Path) -> None:
 
 
 def test_negative_size(config: Path) -> None:
-    assert "model.d_model: input should be greater than 0, got -32" in mistake(config, "--model.d-model", "-32")
+    assert "--model.d-model: input should be greater than 0, got '-32'" in mistake(config, "--model.d-model", "-32")
 
 
 def test_missing_config(tmp_path: Path) -> None:
