@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from rich.console import Console
@@ -17,6 +18,8 @@ from tests.support import write_corpus
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["WANDB_MODE"] = "offline"  # before any process is forked that runs pretrain.py
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("untimed")  # another process may hold an example up
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

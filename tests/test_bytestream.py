@@ -66,7 +66,7 @@ BEGUN: dict[Compression, Callable[[], object]] = {
     st.sampled_from(["gzip", "zstd"]), st.integers(0, 10**6), st.integers(0, 255), st.booleans(), st.integers(1, 2**20)
 )
 @example("gzip", 10**6, 1, True, 2**20)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_what_is_sound_before_damage_is_given(compression: Compression, at: int, flip: int, cut: bool, by: int) -> None:
     pack = gzip.compress if compression == "gzip" else zstandard.compress
     packed = bytearray(pack(LINES[:9000]) + pack(LINES[9000:90_000]))

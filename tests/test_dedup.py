@@ -91,7 +91,7 @@ def test_the_first_of_equals_stays_and_validation_outranks_training(tmp_path: Pa
     verify(folder)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.lists(st.sampled_from("abcdefgh"), min_size=1), min_size=1, max_size=4))
 def test_exact_is_what_a_set_says(tmp_path_factory: pytest.TempPathFactory, shards: list[list[str]]) -> None:
     folder = write_dataset(tmp_path_factory.mktemp("d") / "d", {"train": shards})

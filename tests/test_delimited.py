@@ -40,7 +40,7 @@ def rows_of(content: bytes, limit: int = LIMIT) -> list[list[str] | Overlong | B
 
 
 @given(st.text('a",\r\né\0', max_size=40))
-@settings(deadline=None, max_examples=250)
+@settings(max_examples=250)
 def test_csv_is_what_the_strict_csv_module_says(text: str) -> None:
     expected: list[list[str]] = []
     reader, error = csv.reader(io.StringIO(text, newline=""), strict=True), ""

@@ -86,7 +86,7 @@ ENCODERS = [
 
 
 @given(texts=st.lists(MESSY | st.text(st.characters(exclude_categories=["Cs"])), max_size=6))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_ids_are_those_of_tokenizers(texts: list[str]) -> None:
     for tokenizer, encoder in ENCODERS:
         ids, lengths = encoder.encode([text.encode() for text in texts])
@@ -102,7 +102,7 @@ def test_ids_are_those_of_tokenizers(texts: list[str]) -> None:
 
 @pytest.mark.parametrize("tokenizer", [TRAINED, BYTES, CHARS, *PATTERNED.values()])
 @given(text=MESSY)
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_parts_encode_to_the_ids_of_the_whole(tokenizer: TextTokenizer, text: str) -> None:
     assert divisible(tokenizer.definition)
     parts = [part.decode() for part in cut(text.encode(), 1)]

@@ -540,7 +540,7 @@ def bytes_read(dataset: Dataset) -> int:
 
 
 VALID_IDS = st.lists(st.integers(0, EOS), min_size=4, max_size=30).map(lambda ids: np.array(ids, "<u2").tobytes())
-fuzzed = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fuzzed = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @fuzzed

@@ -86,7 +86,7 @@ def naive_documents(content: bytes) -> list[tuple[int, str]]:
 
 
 @given(LINES, st.integers(1, 200), st.integers(1, 9))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_json_lines_are_the_same_wherever_they_are_cut_and_packed(content: bytes, unit_bytes: int, block: int) -> None:
     assume(not content.startswith((b"PAR1", b"\x1f\x8b", b"\x28\xb5\x2f\xfd")) and content[1:4] != b"*M\x18")
     assume(unreadable(content) is None)  # they are what they say they are
@@ -109,7 +109,7 @@ def test_json_lines_are_the_same_wherever_they_are_cut_and_packed(content: bytes
     st.integers(1, 40),
     st.integers(1, 7),
 )
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_separated_text_is_what_split_says(text: str, separator: str, unit_bytes: int, block: int) -> None:
     rules = TextRules(separator=separator, unit_bytes=unit_bytes)
     with blocks_of(block):
@@ -129,7 +129,7 @@ JSON = st.recursive(
 
 
 @given(st.lists(JSON, max_size=5), st.booleans(), st.integers(1, 9))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_json_arrays_are_taken_apart(values: list[object], pretty: bool, block: int) -> None:
     content = json.dumps(values, indent=1 if pretty else None, ensure_ascii=pretty).encode()
     with blocks_of(block):
@@ -154,7 +154,7 @@ MAGIC = [
 
 
 @given(st.sampled_from(SUFFIXES), st.sampled_from(MAGIC), st.binary(max_size=80), st.integers(1, 100))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_noise_never_crashes(suffix: str, magic: bytes, content: bytes, unit_bytes: int) -> None:
     try:
         for rules in [TextRules(unit_bytes=unit_bytes), TextRules(max_document_bytes=4, separator="\n\n")]:

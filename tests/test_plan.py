@@ -92,7 +92,6 @@ def test_chunks_of_a_long_text_fit_the_longest_document(tmp_path: Path) -> None:
 
 
 @given(st.text("a\n", max_size=30), st.integers(1, 12), st.integers(1, 4), st.integers(1, 4))
-@settings(deadline=None)
 def test_a_cut_ends_a_separator_that_counting_from_the_left_finds(text: str, size: int, block: int, many: int) -> None:
     separator, content = "\n" * many, text.encode()
     finder, ends, position = CutFinder(0, size=size, delimiter=separator.encode(), flexible=False), set(), 0
@@ -162,7 +161,7 @@ def test_tables_and_arrays_are_one_unit(tmp_path: Path, kind: str, packed: bool)
     st.booleans(),
     st.booleans(),
 )
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_rows_are_the_same_wherever_they_are_cut(texts: list[str], unit_bytes: int, table: bool, ends: bool) -> None:
     rows = io.StringIO(newline="")
     csv.writer(rows).writerows([["id", "text"], *([i, text] for i, text in enumerate(texts))])

@@ -92,7 +92,7 @@ def check_spans(plan: Plan, rows: Rows, epoch: int) -> None:
 
 
 @given(splits())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_concat_lays_documents_end_to_end(made: tuple[TokenSplit, list[list[int]]]) -> None:
     split, documents = made
     plan = Concat(split, context_length=T)
@@ -122,7 +122,7 @@ def test_concat_lays_documents_end_to_end(made: tuple[TokenSplit, list[list[int]
 
 
 @given(splits(), st.sampled_from([1, 3, T, 3 * T]), st.integers(0, 2**63))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_pack_teaches_every_pair_once(made: tuple[TokenSplit, list[list[int]]], context: int, key: int) -> None:
     split, documents = made
     plan = Pack(split, context_length=context, key=key)
@@ -190,7 +190,7 @@ def naive_best_fit(lengths: list[int], size: int) -> Counter[tuple[int, ...]]:
 
 
 @given(st.lists(st.integers(1, 30), max_size=60), st.integers(30, 40))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_rows_are_those_of_best_fit_decreasing(lengths: list[int], size: int) -> None:
     """Piece by piece; among rows with equal room either may choose another one, so shapes agree but for those."""
     counts = np.bincount(lengths, minlength=size + 1).tolist()

@@ -48,7 +48,7 @@ TRAINED = load_tokenizer("train:300", texts=CORPUS)
 
 
 @given(ANY_TEXT)
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_bytes_are_utf8_bytes(text: str) -> None:
     ids = BYTES.encode(text)
     assert ids == list(text.encode())
@@ -56,7 +56,7 @@ def test_bytes_are_utf8_bytes(text: str) -> None:
 
 
 @given(st.lists(ANY_TEXT, max_size=5))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_a_trained_tokenizer_knows_all_text(texts: list[str]) -> None:
     ids, lengths = TRAINED.encode_batch(texts)
     assert len(lengths) == len(texts)
@@ -295,7 +295,7 @@ SPACES = st.lists(st.sampled_from([*" \n\r\tab'stSAÉé1.,!\u3000\x85日\u017f\u
 
 @pytest.mark.parametrize("name", PATTERNS)
 @given(text=SPACES | ANY_TEXT | st.text("ab", max_size=40))
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_rank_files_give_the_ids_of_tiktoken(
     tiktoken_pairs: dict[str, tuple[tiktoken.Encoding, TextTokenizer]], name: str, text: str
 ) -> None:

@@ -155,7 +155,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @given(words=TEXT)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_an_export_encodes_by_default_as_training_did(exports: dict[str, Any], shape: str, words: list[str]) -> None:
     text = "".join(words)
     ids = ours(shape).encode(text)
