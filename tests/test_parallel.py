@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +295,29 @@ def test_auto_finds_what_fits_and_leaves_no_trace(dataset: Path) -> None:
     settled = with_micro_batch(config, made, data=opened, runtime=runtime)
     assert settled.train.micro_batch == 12  # this machine has the memory
     assert settled.model_copy(update={"train": config.train}) == config
+
+
+@pytest.mark.parametrize(("two_fit", "logits", "expected"), [(False, 2**31, 1), (True, 2**31, 12), (True, 8, 6)])
+def test_what_cuda_has_room_for_is_found(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch, two_fit: bool, logits: int, expected: int
+) -> None:
+    """Of 12 rows: one where two run out of memory; 6, not 8 and 4, where the kernels count no more than 8."""
+    config = settings(data={"path": str(dataset)}, train={"micro_batch": "auto", "batch_tokens": 32 * 12})
+    runtime = Runtime.start(config)
+    made = parallelise(config, n_tokens=open_sources(config).vocab_size, runtime=runtime)
+
+    def measured(_: object, size: int) -> int:
+        if size > 1 and not two_fit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 1000 * size
+
+    monkeypatch.setattr(micro_batch._Trial, "_measured", measured)
+    monkeypatch.setattr(micro_batch._Trial, "succeeds", lambda _, size: size == 1 or two_fit)
+    monkeypatch.setattr(micro_batch, "most_rows", lambda *_, **__: logits)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())  # no GPU is needed
+    on_cuda = dataclasses.replace(runtime, device=torch.device("cuda"))
+    found = find_micro_batch(made, config, runtime=on_cuda, loader_of=pytest.fail, free=10**9)
+    assert found == expected
 
 
 def test_more_logits_than_31_bits_count_are_refused_on_cuda(dataset: Path) -> None:

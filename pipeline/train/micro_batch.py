@@ -75,10 +75,10 @@ def find_micro_batch(
     trial = _Trial(parallel, config, runtime, loader_of)
     room = trial.room(free)
     with torch.random.fork_rng(devices=trial.devices), trial.stance():
-        one, more = trial.growth()
+        one, more = trial.growth(room)
 
         def needed(size: int) -> int:
-            return one + more * (size - 1) + (trial.waiting if size < trial.most else 0)
+            return one + more * (size - 1) + (trial.waiting if size < trial.rows else 0)
 
         # all rows at once may fit where half of them do not: then no gradients wait for others
         found = trial.most
@@ -91,7 +91,7 @@ def find_micro_batch(
             f"train.micro_batch auto: one sequence of {config.model.context_length} tokens takes {sized(needed(1))}, "
             f"but {sized(max(room, 0))} are free for it on rank {runtime.rank}; {_LESS_MEMORY}"
         )
-    return evened(found, most=trial.most)
+    return evened(found, most=trial.rows)
 
 
 def most_rows(config: Config, *, n_tokens: int) -> int:
@@ -117,9 +117,9 @@ class _Trial:
         self.held = sum(held_rows(parameter)[0].nbytes for parameter in parallel.model.parameters())
         ramp = config.ramp_of_rows
         rows = max(ramp.full, *(rows for _, rows in ramp.stages), 1)
-        self.most = -(-rows // runtime.world_size)
+        self.rows = self.most = -(-rows // runtime.world_size)  # of a step, and of a micro-batch
         if self.on_cuda:
-            self.most = min(self.most, most_rows(config, n_tokens=parallel.model.n_tokens))
+            self.most = min(self.rows, most_rows(config, n_tokens=parallel.model.n_tokens))
         # FSDP holds whole gradients until the last micro-batch of a step, where it sums them over ranks
         waits = parallel.strategy in ("fsdp", "hsdp") and not parallel.sync_every_micro_batch
         self.waiting = sum(parameter.nbytes for parameter in parallel.model.parameters()) if waits else 0
@@ -135,22 +135,33 @@ class _Trial:
         """Compiled programs take other memory; where it is estimated from what autograd keeps, none is compiled."""
         return nullcontext() if self.on_cuda else torch.compiler.set_stance("force_eager")
 
-    def growth(self) -> tuple[int, int]:
-        """Bytes that one sequence takes at its peak, and each further one."""
+    def growth(self, room: int) -> tuple[int, int]:
+        """Bytes that one sequence takes at its peak, and each further one: more than `room` if two cannot be run."""
         if self.on_cuda:
-            one = self._measured(1)
-            return one, self._measured(2) - one
+            with self._explained():
+                one = self._measured(1)
+            return one, self._further(one, room=room)
         context = self.config.model.context_length
         half, one = self._estimated(max(context // 2, 1)), self._estimated(context)
         return one, 2 * (one - half)  # too much, where attention takes the square of the length
 
+    def _further(self, one: int, *, room: int) -> int:
+        if self.most == 1:
+            return 0  # there is no second one
+        if not self.can_run_out:
+            with self._explained("two sequences", first="give train.micro_batch 1, "):
+                return self._measured(2) - one
+        try:
+            return self._measured(2) - one
+        except torch.OutOfMemoryError:
+            return max(one, room)
+
     def _measured(self, size: int) -> int:
         """On CUDA: the peak of a pass, the second of its size; the first may compile and set up libraries."""
-        with self._explained():
-            self._run(size)
-            torch.cuda.reset_peak_memory_stats(self.runtime.device)
-            before = torch.cuda.memory_allocated(self.runtime.device)
-            self._run(size)
+        self._run(size)
+        torch.cuda.reset_peak_memory_stats(self.runtime.device)
+        before = torch.cuda.memory_allocated(self.runtime.device)
+        self._run(size)
         return torch.cuda.max_memory_allocated(self.runtime.device) - before
 
     def _estimated(self, tokens: int) -> int:
@@ -186,15 +197,15 @@ class _Trial:
             torch.cuda.empty_cache()
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Not even one sequence: what to do."""
+    def _explained(self, what: str = "one sequence", *, first: str = "") -> Iterator[None]:
+        """Say what to do where memory does not last for `what`; `first` stands before the other remedies."""
         try:
             yield
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"train.micro_batch auto: memory does not last for one sequence of "
+                f"train.micro_batch auto: memory does not last for {what} of "
                 f"{self.config.model.context_length} tokens on rank {self.runtime.rank}: {str(error).splitlines()[0]}; "
-                f"{_LESS_MEMORY}"
+                f"{first}{_LESS_MEMORY}"
             ) from None
 
     def _run(self, size: int, *, tokens: int | None = None) -> None:
