@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -49,6 +52,36 @@ def test_memory_is_kept_and_hardly_more_than_what_is_copied(block: int) -> None:
     assert taken <= host.nbytes <= taken + 16 * len(first)
     assert [part.data_ptr() for parts in host.snapshot(FLATS) for part in parts] == first
     assert all(address % 16 == 0 for address in first)
+
+
+def test_memory_that_cannot_be_reserved_is_told_by_who_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    unforeseen: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", unforeseen.append)
+    monkeypatch.setattr(flush.torch, "empty", _no_memory)
+    host = HostBlocks()
+    host.reserve(1 << 30)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        host.snapshot(FLATS)
+    assert unforeseen == []
+
+
+def _no_memory(*_: object, **__: object) -> None:
+    raise RuntimeError("CUDA error: out of memory")
+
+
+def test_a_process_that_ends_while_it_reserves_memory_keeps_its_exit_code() -> None:
+    """It neither aborts within C++ nor waits for all blocks, which would take an hour."""
+    script = """
+import time, torch
+from pipeline.train.saving.flush import BLOCK, HostBlocks
+some = torch.randn(1500, 1500)
+torch.empty = lambda *_, **__: some @ some
+HostBlocks().reserve(100_000 * BLOCK)
+time.sleep(0.2)
+raise SystemExit(2)
+"""
+    done = subprocess.run([sys.executable, "-c", script], timeout=60, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "")
 
 
 def test_what_is_streamed_from_host_memory_is_not_copied(block: int) -> None:

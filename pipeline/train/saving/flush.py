@@ -102,13 +102,18 @@ class HostBlocks:
         self.nbytes = 0  # of the latest snapshot
 
     def reserve(self, nbytes: int) -> None:
-        """Pin memory for `nbytes` in a thread: training does not wait for it at the first checkpoint."""
-        self._reserving = threading.Thread(target=self._reserve, args=(-(-nbytes // BLOCK),), daemon=True)
+        """Pin memory for `nbytes` in a thread: training does not wait for it at the first checkpoint.
+
+        Where there is too little, the first checkpoint tells. The interpreter waits for the block in work when it ends:
+        a daemon that it ends within C++ would abort the process, whose exit code would then be lost.
+        """
+        self._reserving = threading.Thread(target=self._reserve, args=(-(-nbytes // BLOCK),), name="reserve")
         self._reserving.start()
 
     def _reserve(self, blocks: int) -> None:
-        while len(self._blocks) < blocks:
-            self._blocks.append(torch.empty(BLOCK, dtype=torch.uint8, pin_memory=True))
+        with suppress(RuntimeError):
+            while len(self._blocks) < blocks and threading.main_thread().is_alive():
+                self._blocks.append(torch.empty(BLOCK, dtype=torch.uint8, pin_memory=True))
 
     def snapshot(self, flats: Iterable[Tensor]) -> list[list[Tensor]]:
         """Copies of flat tensors, each as one or more blocks. They are good until the next call."""
