@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import ModelConfig
@@ -23,7 +24,14 @@ from pipeline.model.layers import (
     sinusoid,
 )
 from pipeline.model.loss import SummedCrossEntropy
-from pipeline.model.transformer import Decoder, build_model, count_parameters, flops_per_token, initialise
+from pipeline.model.transformer import (
+    Decoder,
+    build_model,
+    build_without_memory,
+    count_parameters,
+    flops_per_token,
+    initialise,
+)
 
 VOCABULARY = 70
 
@@ -98,6 +106,30 @@ def test_blocks_allow_what_the_mask_allows(window: int | None, with_documents: b
     dense = blocks.to_dense()[:, 0].bool().expand(2, -1, -1)
     tiled = F.pad(expected[:, 0], (0, 84, 0, 84)).view(2, 3, 128, 3, 128)
     assert torch.equal(dense, tiled.any(dim=4).any(dim=2))
+
+
+def fits_flex(
+    time: int, *, dtype: torch.dtype = torch.float32, device: str = "cuda", train: bool = False, **model: Any
+) -> bool:
+    config = ModelConfig.model_validate({"n_layers": 1, "n_heads": 6, "d_model": 96, "dropout": 0.1, **model})
+    stack = build_without_memory(config, n_tokens=VOCABULARY).stack.train(train)
+    with FakeTensorMode():  # no GPU is needed
+        return stack._fits_flex(torch.empty(2, time, 96, dtype=dtype, device=device))
+
+
+def test_only_what_flex_attention_can_do_goes_there() -> None:
+    assert fits_flex(32, context_length=32)
+    assert not fits_flex(32, context_length=32, dtype=torch.float64)
+    assert not fits_flex(32, context_length=32, device="cpu")
+    assert not fits_flex(32, context_length=32, train=True)  # there is dropout
+    assert not fits_flex(32, context_length=32, d_model=48)  # narrow heads
+    assert not fits_flex(32, context_length=32, n_kv_heads=2)  # three heads share keys
+    assert fits_flex(128, context_length=128, n_kv_heads=2)
+
+
+def test_lengths_below_the_context_are_not_compiled_one_by_one() -> None:
+    """Decoding without a cache has one for each token."""
+    assert not any(fits_flex(time, context_length=32) for time in range(1, 32))
 
 
 def test_attention_by_blocks_is_attention_with_the_mask() -> None:

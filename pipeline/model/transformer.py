@@ -87,15 +87,26 @@ class Stack(nn.Module):
         self, x: Tensor, *, positions: Tensor, documents: Tensor | None, cache: KVCache | None, visible: int
     ) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        # FlexAttention has no backward pass on a CPU, and knows neither dropout nor float64
-        dropout = self.training and self.config.dropout > 0
-        by_blocks = x.device.type == "cuda" and x.dtype != torch.float64 and not dropout and cache is None
-        by_blocks = by_blocks and self.config.head_dim >= FLEX_WIDTH
+        by_blocks = cache is None and self._fits_flex(x)
         sights = self._sights(positions, documents=documents, cache=cache, visible=visible, by_blocks=by_blocks)
         for block, sight in zip(self.blocks, sights, strict=True):
             x = block(x, sight)
         x = self.final_norm(x)
         return x
+
+    def _fits_flex(self, x: Tensor) -> bool:
+        """Whether FlexAttention is for the stream (B, T, C): on CUDA, without dropout, not in float64.
+
+        In whole contexts alone: each length is compiled, and past `GRAPHS` of them torch refuses. Decoding without a
+        cache reads a new length at every token. Below a block of 128 torch takes a kernel that knows only powers of two
+        for the number of heads that share keys.
+        """
+        config, time = self.config, x.shape[1]
+        dropout = self.training and config.dropout > 0
+        shared = config.n_heads // config.kv_heads
+        heads = config.head_dim >= FLEX_WIDTH and (time >= 128 or shared & (shared - 1) == 0)
+        whole = time == config.context_length
+        return x.device.type == "cuda" and x.dtype != torch.float64 and not dropout and heads and whole
 
     def _sights(
         self, positions: Tensor, *, documents: Tensor | None, cache: KVCache | None, visible: int, by_blocks: bool
