@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.status import read_status, sentence, state_of
+from pipeline.locks import LOCK_NAME, look
+from pipeline.status import Status, read_status, sentence, state_of
 from pipeline.train.saving.storage import LocalShelf
 from pipeline.train.step import Trainer
 from tests.end_to_end.test_bad_runs import files_of, mistake
@@ -324,6 +325,32 @@ def test_wandb_without_a_login_never_asks_and_records_offline(config: Path, tmp_
     assert text.count("wandb has no login on this machine: it records offline") == 1
     folders = list((tmp_path / "run" / "wandb").glob("offline-run-*"))
     assert [folder.name.endswith(run_id(tmp_path / "run")) for folder in folders] == [True]
+
+
+def note_locks(notes: Path) -> None:
+    """Append, for each status that is written, what it says and whether the folder is held meanwhile."""
+    import pipeline.train.running.run as run_module
+
+    write = run_module.write_status
+
+    def noting(folder: Path, status: Status) -> None:
+        write(folder, status)
+        with notes.open("a", encoding="utf-8") as file:
+            file.write(f"{status.status} {look(folder / LOCK_NAME)}\n")
+
+    run_module.write_status = noting
+
+
+@pytest.mark.parametrize(("flags", "last"), [((), "finished"), (("--train.max-minutes", "1e-6"), "stopped")])
+def test_a_run_tells_of_its_end_before_the_next_start_can_begin(
+    config: Path, tmp_path: Path, flags: tuple[str, ...], last: str
+) -> None:
+    """Else it would write over what that start tells."""
+    run_ranks(1, str(config), *flags, output=tmp_path / "o.txt", before=partial(note_locks, tmp_path / "notes"))
+    told = (tmp_path / "notes").read_text(encoding="utf-8").splitlines()
+    assert told[-1] == f"{last} held"
+    assert set(told[:-1]) == {"running held"}
+    assert not (tmp_path / "run" / LOCK_NAME).exists()
 
 
 def beat_often(path: Path) -> None:

@@ -249,31 +249,31 @@ class Run:
     def stopped(self, state: TrainState) -> StoppedEarly:
         """Wait for the checkpoint, let go of everything; what to raise."""
         launch = self.runtime.job.launch
-        self._close()
         again = f": {launch.launcher} {shlex.join(sys.argv)}"
         if launch.endings:  # a script of launch/ was given
             again = ""
         message = f"stopped after step {state.step}, everything is saved; go on with the same command{again}"
-        self._tell("stopped", state.step, exit_code=EXIT_STOPPED, message=message)
+        self._close("stopped", state.step, exit_code=EXIT_STOPPED, message=message)
         return StoppedEarly(message)
 
     def finish(self, state: TrainState) -> None:
         """The run is at its end: wait for its last checkpoint, and let go of everything."""
-        self._close()
         message = f"done: {state.step} steps, {state.tokens:,} tokens; next: python sample.py {self.config.run_dir}"
-        self._tell("finished", state.step, exit_code=0, message=message)
+        self._close("finished", state.step, exit_code=0, message=message)
         self.runtime.say(message)
 
-    def _close(self) -> None:
+    def _close(self, status: Literal["stopped", "finished"], step: int, *, exit_code: int, message: str) -> None:
+        """Tell of the end while the folder is still held: the next start may begin as soon as it is not."""
         with self.runtime.pulse.unhurried("waiting for the last checkpoint"), self._held.explaining():
             self.store.finish()
         if self.trackers is not None:
             self.trackers.finish()
         with self._telling:
             self._closed.set()
-            self._held.check()
-            self._held.release()
+        self._held.check()
         self.runtime.pulse.on_end = None
+        self._tell(status, step, exit_code=exit_code, message=message)
+        self._held.release()
 
     def _tell(
         self,
