@@ -137,6 +137,19 @@ def test_arithmetic_that_a_cpu_lacks_is_refused(config: Config, precision: str) 
         Runtime.start(config.model_copy(update={"train": train}))
 
 
+def test_rounded_float32_goes_by_another_name_than_exact_one(runtime: Runtime) -> None:
+    """A run that goes on with the other one is asked whether it may."""
+    on_cuda = replace(runtime, device=torch.device("cuda"))
+    names = []
+    try:
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            names += [runtime.arithmetic, on_cuda.arithmetic, replace(on_cuda, precision=torch.bfloat16).arithmetic]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert names == ["torch.float32"] * 2 + ["torch.bfloat16"] + ["torch.float32", "tf32", "torch.bfloat16"]
+
+
 def test_deterministic_settings_reach_the_compiler(config: Config) -> None:
     train = config.train.model_copy(update={"deterministic": True})
     try:

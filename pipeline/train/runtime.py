@@ -178,11 +178,17 @@ class Runtime:
         if self.is_main:
             self.console.print(mask(message), markup=False)
 
+    @property
+    def arithmetic(self) -> str:
+        """How matrix products are computed, as states record it: `torch.bfloat16`, or `tf32` for rounded float32."""
+        exact = self.device.type == "cpu" or torch.get_float32_matmul_precision() == "highest"
+        return str(self.precision) if exact or self.precision != torch.float32 else "tf32"
+
     def describe(self) -> str:
         """Device, ranks and precision in words."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _cpu_name()
         ranks = "1 process" if self.world_size == 1 else f"{self.world_size} ranks"
-        return f"{ranks} on {name}, {str(self.precision).removeprefix('torch.')}"
+        return f"{ranks} on {name}, {self.arithmetic.removeprefix('torch.')}"
 
 
 def _use_deterministic_kernels() -> None:

@@ -90,7 +90,7 @@ class Run:
         if newest is None:
             state = self._first_state(model)
         else:
-            precision = str(self.runtime.precision)
+            precision = self.runtime.arithmetic
             refuse_another_run(newest, self.config, self.data, precision=precision, say=self.runtime.say)
             state = restore(newest, model=model, optimizer=optimizer)
             state = state.continued(self.data.described(), self.config.ramp_of_rows, precision=precision)
@@ -123,7 +123,7 @@ class Run:
             batches=(BatchSizes(after=0, row=0, ramp=self.config.ramp_of_rows),),
             tokenizer_fingerprint=self.data.tokenizer_fingerprint,
             tokenizer_eos_id=self.data.eos_id,
-            precision=str(self.runtime.precision),
+            precision=self.runtime.arithmetic,
         )
 
     def _open(self, state: TrainState, resumed: Location | None) -> None:
