@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 
 from pipeline.errors import UserError
 from pipeline.files import naming
+from pipeline.untrusted import read_regular
 
 LOCK_NAME = ".lock"
 GRACE = 0.2  # seconds: a process that only looks at a lock lets go of it within that
@@ -79,7 +80,7 @@ def refuse_held(folder: Path, *, name: str = LOCK_NAME) -> None:
 def look(path: Path) -> Literal["free", "held", "no locks"]:
     """Whether a process holds the lock file, or the file system has no locks. Raises `OSError` if it is unreadable."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for its other end
     except FileNotFoundError:
         return "free"
     try:
@@ -93,8 +94,8 @@ def look(path: Path) -> Literal["free", "held", "no locks"]:
 
 def holder(path: Path) -> dict[str, Any]:
     """What the process that locked the file wrote into it: pid, host, since; empty when there is nothing to read."""
-    with suppress(OSError, ValueError, RecursionError), path.open("rb") as file:
-        found = json.loads(file.read(4096))
+    with suppress(OSError, ValueError, RecursionError):
+        found = json.loads(read_regular(path, limit=4096))
         if isinstance(found, dict):
             return found
     return {}

@@ -130,3 +130,14 @@ def test_an_unreadable_or_foreign_lock_file_names_no_holder(tmp_path: Path) -> N
         assert holder(tmp_path / LOCK_NAME) == {}
         with locked(tmp_path, ask_of_other_hosts=True):
             pass
+
+
+def test_a_pipe_in_place_of_the_lock_file_holds_up_nobody(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / LOCK_NAME)
+    script = "import sys; from pathlib import Path; from pipeline.locks import *; lock = Path(sys.argv[1])\n"
+    script += "print(look(lock), holder(lock))"
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / LOCK_NAME)],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.stdout == "free {}\n", done.stderr
