@@ -25,6 +25,7 @@ from pipeline.data.loading.sources import TrainingData, open_source, open_source
 from pipeline.data.order import share
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError, counted, run_command
+from pipeline.files import expanded
 from pipeline.train.saving.checkpoint import checkpoint_folder, list_checkpoints, read_state
 from pipeline.train.state import BatchSizes, rows_of_step
 
@@ -125,7 +126,7 @@ def _open(config: Config) -> TrainingData:
     try:
         return open_sources(config)
     except UserError as error:
-        if all(Path(source.path).expanduser().exists() for source in config.data.all_sources):
+        if all(expanded(source.path).exists() for source in config.data.all_sources):
             raise
         raise UserError(f"{error}\n  if it lies elsewhere now, say where: --data FOLDER") from None
 

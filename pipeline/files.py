@@ -11,6 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def expanded(path: str | Path) -> Path:
+    """The path with `~` in its place; where nobody has that name, it is one like any other."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - `Path.expanduser` raises RuntimeError there
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Make an `OSError` of the block name the file: those of `write` and `fsync` know only a descriptor."""

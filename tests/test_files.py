@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.files import write_durably
+from pipeline.data.dataset import open_dataset
+from pipeline.data.reading.corpus import find_corpus
+from pipeline.data.tokenizer import check_tokenizer_name
+from pipeline.errors import UserError
+from pipeline.files import expanded, write_durably
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
@@ -46,3 +50,15 @@ def test_a_link_left_under_the_temporary_name_is_not_followed(tmp_path: Path) ->
     write_durably(tmp_path / "file", b"content")
     assert (tmp_path / "other").read_text() == "untouched"
     assert not (tmp_path / "file").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["~nobody-has-this-name", "~nobody-has-this-name/a.txt"])
+def test_a_home_of_nobody_is_a_name_like_any_other(name: str) -> None:
+    assert expanded(name) == Path(name)
+    assert expanded("~/a") == Path.home() / "a"
+    with pytest.raises(UserError, match="no file or folder"):
+        find_corpus([name])
+    with pytest.raises(UserError, match=r"no tokenizer file|unknown tokenizer"):
+        check_tokenizer_name(name)
+    with pytest.raises(UserError, match="no dataset folder"):
+        open_dataset(name)

@@ -18,6 +18,7 @@ from pipeline.data.manifest import TOKENIZER_NAME, Manifest, SplitName, read_man
 from pipeline.data.shards import DocumentInfo, Shard, allow_open_files, outside
 from pipeline.data.tokenizer_schema import LARGEST_TOKENIZER
 from pipeline.errors import UserError
+from pipeline.files import expanded
 from pipeline.untrusted import read_regular
 
 Tokens = npt.NDArray[Any]
@@ -248,7 +249,7 @@ def open_dataset(path: str | Path) -> Dataset:
     Raises `UserError` for a missing, unfinished, foreign-version, truncated or altered dataset, naming
     the file, what was expected and what was found. Contents are checked by `pipeline.data.preparing.audit.verify`.
     """
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     manifest = read_manifest(folder)
     tokenizer = folder / TOKENIZER_NAME
     try:

@@ -43,7 +43,7 @@ from pipeline.data.tokenizer_stream import TextStream
 from pipeline.data.tokenizer_training import EOS as EOS
 from pipeline.data.tokenizer_training import Report, byte_definition, character_definition, trained_definition
 from pipeline.errors import UserError
-from pipeline.files import write_durably
+from pipeline.files import expanded, write_durably
 from pipeline.untrusted import Object, parse_json
 
 TRAIN = "train:"
@@ -83,7 +83,7 @@ class TextTokenizer:
 
         `eos`: the token that ends documents, or its id; by default what the folder says, else a common name.
         """
-        file = Path(path).expanduser()
+        file = expanded(path)
         return cls.from_definition(read_definition(file), origin=str(file), eos=eos, beside=_beside(file))
 
     @classmethod
@@ -303,7 +303,7 @@ def load_tokenizer(
         trained = trained_definition(_trained_size(name), texts, report=report)
         return TextTokenizer.from_definition(trained, origin=name, eos=eos)
     if _is_file(name):
-        file = Path(name).expanduser()
+        file = expanded(name)
         definition, beside = read_definition(file), _beside(file)
     else:
         _check_hub_name(name)
@@ -319,7 +319,7 @@ def check_tokenizer_name(name: str) -> None:
         _trained_size(name)
     elif name not in ("bytes", "chars"):
         if _is_file(name):
-            read_definition(Path(name).expanduser())
+            read_definition(expanded(name))
         else:
             _check_hub_name(name)
 
@@ -331,7 +331,7 @@ def needs_corpus(name: str) -> bool:
 
 def _is_file(name: str) -> bool:
     """Whether a name means a file, there or not: no name on the hub looks like these."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     return path.exists() or path.suffix in (".json", ".model", RANK_SUFFIX) or name.startswith((".", "/", "~"))
 
 

@@ -23,6 +23,7 @@ from pipeline.data.manifest import SplitName, digest_of
 from pipeline.data.shards import DocumentInfo, outside
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer, needs_corpus
 from pipeline.errors import UserError
+from pipeline.files import expanded
 
 SAMPLES, SAMPLE_BYTES, HEAD_BYTES = 64, 2**20, 2**16
 ENDS_LOOKED_AT = 1024
@@ -67,7 +68,7 @@ def open_foreign(
         splits["val"] = _split(train, counter, start=cut)
     identity = {"files": looks, "cut": cut, "tokenizer": text.fingerprint, "eos": text.eos_id}
     return Dataset(
-        Path(path).expanduser(),
+        expanded(path),
         splits,
         vocab_size=text.vocab_size,
         eos_id=text.eos_id,
@@ -223,7 +224,7 @@ def _paths(path: str, *, val: str | None, val_fraction: float | None) -> tuple[l
         raise UserError(f"val {val!r} and val_fraction {val_fraction} contradict each other; keep one")
     if val_fraction is not None and not 0 <= val_fraction < 1:
         raise UserError(f"val_fraction must be at least 0 and below 1, got {val_fraction}")
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     if not (folder / "train.bin").is_file():
         train, held_out = find_files(path, key="path"), find_files(val, key="val") if val is not None else []
     else:
@@ -322,5 +323,5 @@ def _notes(path: str, files: Sequence[TokenFile], tokenizer: TextTokenizer) -> I
     bare = next((file for file in files if file.index is None), None)
     if bare is not None and not bool((bare.read(0, min(bare.n_tokens, CUT_SEARCH)) == tokenizer.eos_id).any()):
         yield f"no {end} in the first tokens of {bare.path}: if its documents end with another token, set eos"
-    if (Path(path).expanduser() / "meta.pkl").exists():
+    if (expanded(path) / "meta.pkl").exists():
         yield f"meta.pkl in {path} is not read, as a pickle can run any program; give the tokenizer that it describes"

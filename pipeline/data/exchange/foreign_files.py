@@ -24,6 +24,7 @@ import numpy.typing as npt
 from pipeline.data.manifest import MANIFEST_NAME
 from pipeline.data.shards import HEADER, MAGIC, check_sequences, map_file
 from pipeline.errors import UserError, nearest
+from pipeline.files import expanded
 
 DtypeName = Literal["uint16", "int32", "uint32"]
 Tokens = npt.NDArray[Any]
@@ -190,7 +191,7 @@ def find_files(path: str, *, key: str) -> list[Path]:
 
     `key` is the option that the path came from, to be named in errors.
     """
-    given = Path(path).expanduser()
+    given = expanded(path)
     if given.is_file() or _beside(given, ".idx").exists() or _beside(given, ".bin").exists():
         return [_bin_of(given)]
     if given.is_dir():
@@ -227,7 +228,7 @@ def _bin_of(path: Path) -> Path:
 
 def is_foreign(path: str) -> bool:
     """Whether a path is one that only data of other tools has: a file or prefix, a glob, or nanoGPT's folder."""
-    given = Path(path).expanduser()
+    given = expanded(path)
     if given.is_dir():
         return (given / "train.bin").is_file() and not (given / MANIFEST_NAME).exists()
     files = (given, _beside(given, ".idx"), _beside(given, ".bin"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import assert_never
 
 from pipeline.config import Config
@@ -19,6 +19,7 @@ from pipeline.data.loading.blend import Blend, Phase, PhaseSource
 from pipeline.data.loading.loader import Fixed, Loader, Shuffled
 from pipeline.data.loading.rows import Concat, Pack, Plan
 from pipeline.errors import UserError
+from pipeline.files import expanded
 from pipeline.seeds import named_seed
 
 
@@ -167,7 +168,7 @@ def _refuse_unprepared(path: str) -> None:
             f"{path} is data of another tool, wanted a folder of data_prep.py: to train on it as it is, name the "
             "tokenizer that made it beside the path (data.tokenizer), and for bare ids their type (data.dtype)"
         )
-    if Path(path).expanduser().is_file():
+    if expanded(path).is_file():
         raise UserError(
             f"{path} is a file, wanted a folder: python data_prep.py {path} --output FOLDER makes one of it"
         )

@@ -20,6 +20,7 @@ from pipeline.data.preparing.compare import InputState, compare_inputs
 from pipeline.data.shards import Shard
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError, counted, readable
+from pipeline.files import expanded
 
 _BLOCK = 2**24
 _SAMPLED_DOCUMENTS = 20
@@ -35,7 +36,7 @@ def verify(path: str | Path) -> str:
     which are still there are what they were. Raises `UserError` that lists all findings.
     """
     open_dataset(path)  # refuses what cannot be opened at all
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     manifest = read_manifest(folder)
     tokenizer = TextTokenizer.from_file(folder / TOKENIZER_NAME, eos=manifest.eos_id)
     findings = list(_check_identity(manifest, tokenizer))
@@ -170,7 +171,7 @@ def inspect(path: str | Path, *, excerpts_of_each: int = 3, seed: int | None = N
         seed: decides which; None: another draw each time, which the description names.
     """
     seed = random.SystemRandom().randrange(10**6) if seed is None else seed
-    dataset, manifest = open_dataset(path), read_manifest(Path(path).expanduser())
+    dataset, manifest = open_dataset(path), read_manifest(expanded(path))
     tokenizer = TextTokenizer.from_file(dataset.path / TOKENIZER_NAME, eos=dataset.eos_id)
     lines = [
         f"{path}: vocabulary {dataset.vocab_size:,}, {manifest.dtype}, EOS {dataset.eos_id} {tokenizer.eos_token!r}",

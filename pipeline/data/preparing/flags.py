@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import tyro
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from pipeline.files import expanded
 from pipeline.flags import checked, flag_name, flags_of, placed, print_help, read_words
 from pipeline.names import PREPARE_NAMES
 from pipeline.section import Clash, Fraction, PositiveInt, Section, clash
@@ -75,7 +76,7 @@ def _threshold(value: float) -> float:
 
 Word = Annotated[str, Field(min_length=1)]
 """A bound on its length makes pydantic refuse what is not UTF-8, too."""
-Folder = Annotated[Annotated[Path, AfterValidator(Path.expanduser)] | None, _shown_as("DIR")]
+Folder = Annotated[Annotated[Path, AfterValidator(expanded)] | None, _shown_as("DIR")]
 
 
 class TokenFlags(Section):

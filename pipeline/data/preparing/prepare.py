@@ -69,7 +69,7 @@ from pipeline.data.reading.corpus import Corpus, changed_since
 from pipeline.data.reading.plan import Unit, plan_units
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import Unfinished, UserError, counted, printable
-from pipeline.files import fsync_folder
+from pipeline.files import expanded, fsync_folder
 
 EARLY_VERDICT_RECORDS = 10_000
 """Records after which a corpus may be found too bad before its end."""
@@ -216,7 +216,7 @@ class _Preparation:
 
         A file is read again, for those beside it may say something else now.
         """
-        given = Path(self.request.tokenizer).expanduser().exists()
+        given = expanded(self.request.tokenizer).exists()
         for header in headers(self.output):
             if given or header.eos_id is None:  # None: of an older version
                 continue

@@ -30,6 +30,7 @@ from pipeline.data.reading.corpus import Corpus
 from pipeline.data.reading.formats import TextRules
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError, counted
+from pipeline.files import expanded
 from pipeline.locks import LOCK_NAME, refuse_held
 
 _NAMED = 5
@@ -61,7 +62,7 @@ class Request:
         """The settings that the dataset depends on, as recorded and compared. Workers are not among them."""
         names = [source.name for source in corpus.sources]
         held_out = [source.name for source in corpus.sources if source.held_out]
-        file = Path(self.tokenizer).expanduser()
+        file = expanded(self.tokenizer)
         file = file / TOKENIZER_NAME if file.is_dir() else file
         tokenizer = f"file of xxh3_128 {xxhash.xxh3_128_hexdigest(file.read_bytes())}" if file.is_file() else None
         return {

@@ -30,6 +30,7 @@ from pipeline.data.reading.recognise import (
     fingerprint,
 )
 from pipeline.errors import UserError, counted, nearest
+from pipeline.files import expanded
 
 _SAVED_DATASET = ({"dataset_info.json", "state.json"}, {"dataset_dict.json"})
 _SHOWN_FAULTS = 8
@@ -254,7 +255,7 @@ def _expand(text: str, output: Path | None) -> list[Path]:
     """Existing resolved paths that an argument stands for."""
     if not text:
         raise UserError("an input is the empty text, perhaps of a variable that is not set")
-    path = Path(text).expanduser()
+    path = expanded(text)
     if path.exists():
         return [_absolute(path)]
     if glob.has_magic(text):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.errors import UserError
+from pipeline.files import expanded
 
 _BATCH_BYTES, _BATCH_ROWS = 4 * 2**20, 1024
 _PROBE_SECONDS = 10
@@ -28,7 +29,7 @@ def hub_files(name: str) -> list[tuple[str, Path]]:
     """
     rest, _, revision = name.removeprefix("hf:").partition("@")
     path, _, config = rest.partition(":")
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     if folder.is_dir():
         path = str(folder.resolve())
     else:
