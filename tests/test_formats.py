@@ -328,6 +328,20 @@ def test_large_and_view_strings_and_binaries_are_texts(tmp_path: Path) -> None:
     assert texts_of(read(tmp_path)) == ["é", "b"] * 3
 
 
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([10**16, None], pa.timestamp("ms")),
+        pa.array([10**14, None], pa.duration("s")),
+        pa.array([[10**16], None], pa.list_(pa.timestamp("ms"))),
+        pa.array([2**30, None], pa.date32()),
+    ],
+)
+def test_times_that_python_cannot_hold_are_no_texts(column: pa.Array, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    assert [reason for _, reason in faults_of(read(tmp_path))] == ["text is not a string"] * 2
+
+
 def test_frames_with_long_windows_and_skippable_frames(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(97, 122, 300_000, np.uint8).tobytes()
     content = json_lines([noise.decode()] * 4)

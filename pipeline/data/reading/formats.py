@@ -22,6 +22,7 @@ EXCERPT_CHARACTERS = 200
 Kind = Literal["text", "jsonl", "json", "csv", "parquet", "saved"]
 EMPTY = "text is empty"
 """The reason for dropping what is no fault: code has empty files, records have empty texts."""
+NO_STRING = "text is not a string"
 _REMEDIES = {
     "text over ": "--max-doc-bytes N allows longer ones, --long-documents cut keeps them in parts",
     "record over ": "--max-record-bytes N allows longer ones",
@@ -159,7 +160,7 @@ class Judge:
             return self.rejected(row, value.reason, value.found)
         if value is None:
             return self.rejected(row, "text is null", "null")
-        return self.rejected(row, "text is not a string", value)
+        return self.rejected(row, NO_STRING, value)
 
     def overlong(self, row: int, head: bytes) -> list[Record]:
         """The rejection of a record that was never held whole."""

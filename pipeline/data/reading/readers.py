@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from pipeline.data.reading.bytestream import BLOCK_BYTES, MIB, character_start, open_stream
 from pipeline.data.reading.delimited import BadRow, Overlong, csv_rows, json_elements, separated, skip_line
 from pipeline.data.reading.formats import (
+    NO_STRING,
     TEXT_CHUNK_BYTES,
     Document,
     Fault,
@@ -358,7 +359,12 @@ def values_of(column: Any) -> list[Any]:
         return [None if number is None else values[number] for number in column.indices.to_pylist()]
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         column = column.cast(pa.large_binary())
-    found: list[Any] = column.to_pylist()
+    try:
+        found: list[Any] = column.to_pylist()
+    except (pa.ArrowException, UnicodeDecodeError):
+        raise
+    except (OverflowError, ValueError):  # times that Python cannot hold; none of them is a text
+        return [Fault(NO_STRING, f"<{kind}>")] * len(column)
     return found
 
 
