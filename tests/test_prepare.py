@@ -1211,3 +1211,50 @@ def test_judging_the_beginning_takes_as_much_for_each_unit(corpus: Path, monkeyp
     units = len(manifest.splits["train"])
     assert units > 60
     assert looks < 10 * units, "each is looked at a few times, not once for each that follows"
+
+
+BAD_LISTS = {
+    "garbage": b"garbage\n",
+    "a list": b"[]\n",
+    "another input": b'{"source":99,"row":0,"reason":"r","excerpt":""}\n',
+    "a text for a number": b'{"source":0,"row":"x","reason":"r","excerpt":""}\n',
+}
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> Path:
+    """An output whose only unit, with a rejected record, is done; the manifest is not written yet."""
+    rows = [{"text": f"text {number}"} for number in range(200)]
+    (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in [*rows, {"text": 5}]))
+    assert prepare(request(tmp_path / "a.jsonl", share=(0, 2), rules=TextRules()), console=Console(quiet=True)) is None
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("damage", BAD_LISTS.values(), ids=BAD_LISTS)
+def test_a_damaged_list_of_rejected_records_is_named_and_made_again(begun: Path, damage: bytes) -> None:
+    (begun / "quarantine-00000.jsonl").write_bytes(damage)
+    with pytest.raises(UserError, match=r"quarantine-00000\.jsonl, line 1.*remove the file and run"):
+        run(request(begun.parent / "a.jsonl", rules=TextRules()))
+    (begun / "quarantine-00000.jsonl").unlink()
+    manifest, said = run(request(begun.parent / "a.jsonl", rules=TextRules()))
+    assert "1 made again" in said
+    assert manifest.drops == {"text is not a string": 1}
+    assert len((begun / "quarantine.jsonl").read_bytes().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"examples":[[0,', b'"examples":[[77,'),
+        (b'"first_sources":{"train":0', b'"first_sources":{"train":55'),
+        (b'"first_sources":{"train":0', b'"first_sources":{"val":0'),
+        (b'"rows":{"0":', b'"rows":{"-9":'),
+    ],
+)
+def test_a_report_that_contradicts_itself_costs_its_unit_only(begun: Path, old: bytes, new: bytes) -> None:
+    ledger = begun / "ledger.0-of-2.jsonl"
+    assert old in ledger.read_bytes()
+    ledger.write_bytes(ledger.read_bytes().replace(old, new))
+    manifest, said = run(request(begun.parent / "a.jsonl", rules=TextRules()))
+    assert "going on" not in said
+    assert manifest.records == 201

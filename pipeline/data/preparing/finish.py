@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from pipeline.data.reading.plan import Unit
 from pipeline.data.reading.readers import count_rows
 from pipeline.data.shards import token_dtype
 from pipeline.errors import UserError, counted
+from pipeline.untrusted import DamagedFileError, parse_json
 
 QUARANTINE_NAME = "quarantine.jsonl"
 
@@ -211,18 +212,34 @@ def earlier_rows(reports: Sequence[UnitReport]) -> list[dict[int, int]]:
 
 
 def write_quarantine(output: Path, reports: Sequence[UnitReport], corpus: Corpus) -> None:
-    """Write every rejected record as a line of `quarantine.jsonl`: source, row, reason, excerpt."""
+    """Write every rejected record as a line of `quarantine.jsonl`: source, row, reason, excerpt.
+
+    Raises `DamagedFileError` for a list of rejected records that is not as its unit left it.
+    """
     temporary = output / f"{QUARANTINE_NAME}.tmp"
     with temporary.open("wb") as file:
         for report, earlier in zip(reports, earlier_rows(reports), strict=True):
-            for line in (output / report.quarantine).open("rb") if report.quarantine else ():
-                record = orjson.loads(line)
-                source = record["source"]
-                record.update(source=corpus.sources[source].name, row=record["row"] + earlier[source])
-                file.write(orjson.dumps(record) + b"\n")
+            for record in _quarantined(output / report.quarantine, earlier) if report.quarantine else ():
+                source = corpus.sources[record.source].name
+                values = record._asdict() | {"source": source, "row": record.row + earlier[record.source]}
+                file.write(orjson.dumps(values) + b"\n")
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(output / QUARANTINE_NAME)
+
+
+def _quarantined(path: Path, sources: Collection[int]) -> Iterator[Rejected]:
+    """The rejected records of a unit, which are of these sources."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            where = f"{path}, line {number}"
+            try:
+                record = parse_json(Rejected, line, origin=where)
+                if record.source not in sources:
+                    raise DamagedFileError(f"{where} is of an input that its unit does not have")
+            except DamagedFileError as error:
+                raise DamagedFileError(f"{error}; remove the file and run the same command again") from None
+            yield record
 
 
 def manifest_of(

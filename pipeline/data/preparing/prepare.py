@@ -256,7 +256,8 @@ class _Preparation:
             sizes = {name: info.size for shard in report.shards.values() for name, info in shard.files.items()}
             good = report.key == keys.get(report.unit) and (not report.failed or self.request.allow_failed)
             follows = report.part == 0 or (report.unit, report.part - 1) in self.done
-            if good and follows and sizes_agree(self.output, sizes):
+            listed = report.quarantine is None or (self.output / report.quarantine).is_file()
+            if good and follows and listed and sizes_agree(self.output, sizes):
                 self.done[report.place] = report
             elif report.unit % parts == part:  # another share judges its own, and may be at it
                 stale.update(report.files())

@@ -21,7 +21,7 @@ import numpy as np
 import orjson
 import xxhash
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from pipeline.data.manifest import SPLITS, TOKENIZER_NAME, ShardInfo, SplitName, digest_of
 from pipeline.data.preparing.encoder import Backend, Encoder, EncoderMismatch
@@ -96,6 +96,14 @@ class UnitReport(BaseModel):
     lowest_draw: int
     failed: tuple[str, ...] = ()
     mismatch: str | None = None
+
+    @model_validator(mode="after")
+    def _sources_have_rows(self) -> Self:
+        """A damaged report is none: its unit is made again."""
+        named = {*self.first_sources.values(), *(record.source for record in self.examples)}
+        if not named <= self.rows.keys() or self.first_sources.keys() != self.shards.keys():
+            raise ValueError("a report names the sources whose rows it counts, and the first one of each shard")
+        return self
 
     @property
     def name(self) -> str:
