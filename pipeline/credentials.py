@@ -11,7 +11,8 @@ from typing import Any
 
 MASK = "***"
 
-_ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*:/{2,})(?P<rest>[^\s'\"<>|]*[^\s'\"<>|,.;:)\]])")
+# Schemes are short: bounded, so that a text of letters alone is looked through once and not from each letter on.
+_ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{0,40}:/{2,})(?P<rest>[^\s'\"<>|]*[^\s'\"<>|,.;:)\]])")
 # In front of the host; or user:password where the password holds a slash, as secret keys do (digits are a port).
 _USER = re.compile(r"[^/?#]*@|[^/?#:@\[]+:(?!\d*(?:[/?#]|$))[^@]*@")
 _CONTAINERS = ("abfs://", "abfss://", "wasb://", "wasbs://")  # Azure's: container@account

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,10 @@ def test_nothing_that_a_run_writes_or_prints_holds_credentials(dataset: Path, tm
         assert not path.is_file() or b"SECRET" not in path.read_bytes(), path
     starts = json.loads((tmp_path / "run" / "environment.json").read_text())["starts"]
     assert len(starts) == 1
+
+
+def test_a_long_text_is_looked_through_once() -> None:
+    text = "a" * 200_000
+    began = time.process_time()
+    assert mask(f"{text} s3://user:SECRET@b {text}s3://user:SECRET@b") == f"{text} s3://***@b {text}s3://***@b"
+    assert time.process_time() - began < 5  # from each letter on it would take a minute
