@@ -8,6 +8,8 @@ and YAML are parsed with bounds on nesting, numbers and references.
 from __future__ import annotations
 
 import stat
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -23,6 +25,8 @@ LARGEST_YAML = 2**20
 """Bytes of a YAML file: people write them."""
 _LONGEST_NAME = 255  # bytes of a file name that file systems take
 _SHOWN = 80  # characters of a value in a message
+_OBJECT = "expected an object"
+_NO_OBJECT = ("model_type", "dataclass_type", "dict_type", "named_tuple_type")  # pydantic names our classes there
 _NODES_DEEP = 50  # sections within sections; settings have three levels
 
 T = TypeVar("T")
@@ -96,9 +100,13 @@ def parse_json(schema: type[T], content: bytes, *, origin: object) -> T:
 def check(schema: type[T], values: Any, *, origin: object) -> T:
     """Parsed `values` as `schema` has them. Raises `DamagedFileError` that names `origin` and the first fault."""
     try:
-        return TypeAdapter(schema).validate_python(values)
+        found: T = _adapter(schema).validate_python(values)
     except ValidationError as error:
         raise DamagedFileError(f"{origin} cannot be read: {fault_of(error)}") from None
+    return found
+
+
+_adapter: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)  # one a schema: lines are checked one by one
 
 
 def fault_of(error: ValidationError) -> str:
@@ -106,7 +114,8 @@ def fault_of(error: ValidationError) -> str:
     fault = error.errors(include_url=False)[0]
     where = ".".join(map(shown_key, fault["loc"]))
     found = "" if fault["type"] in ("missing", "value_error") else f", got {shown(fault['input'])}"
-    return f"{where + ': ' if where else ''}{fault['msg'].removeprefix('Value error, ')}{found}"
+    wanted = _OBJECT if fault["type"] in _NO_OBJECT else fault["msg"].removeprefix("Value error, ")
+    return f"{where + ': ' if where else ''}{wanted}{found}"
 
 
 def shown_key(key: object) -> str:

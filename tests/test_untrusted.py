@@ -164,3 +164,13 @@ def test_faults_show_little_of_a_value(value: object, tmp_path: Path) -> None:
         read_command([str(path)])
     assert len(str(raised.value)) < 1000
     assert "\x1b" not in str(raised.value)
+
+
+def test_what_is_no_object_is_told_without_names_of_ours() -> None:
+    class Ours(BaseModel):
+        key: int
+
+    for value in (b"[]", b"5", b"null"):
+        with pytest.raises(DamagedFileError, match=r"^file cannot be read: expected an object, got ") as caught:
+            parse_json(Ours, value, origin="file")
+        assert "Ours" not in str(caught.value)
