@@ -301,3 +301,13 @@ def test_a_pipe_is_no_list_of_rejected_records(folder: Path) -> None:
     os.mkfifo(folder / "quarantine.jsonl")
     with pytest.raises(UserError, match="is a pipe, expected a file"):
         inspect(folder)
+
+
+def test_verify_searches_no_folder_that_is_named_as_a_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def search(*_: Any, **__: Any) -> None:
+        raise AssertionError("it was searched")
+
+    monkeypatch.setattr("pipeline.data.preparing.compare.find_corpus", search)
+    edit_manifest(folder, lambda values: values["inputs"][0].update(name=str(folder.parent)))
+    with pytest.raises(UserError, match=r"an input changed since: expected a file, found a folder"):
+        verify(folder)

@@ -22,6 +22,8 @@ from pipeline.data.reading.plan import Unit, plan_units
 from pipeline.errors import UserError
 from pipeline.untrusted import check
 
+_WHAT = ("a file, found a folder", "a saved dataset, found a file")
+
 
 @dataclass
 class InputState:
@@ -38,6 +40,9 @@ def compare_inputs(folder: Path, manifest: Manifest) -> InputState:
     for number, info in enumerate(manifest.inputs):
         if not Path(info.name).exists():
             state.gone += 1
+            continue
+        if Path(info.name).is_dir() != (info.kind == "saved"):  # a whole tree is not searched for what was a file
+            state.changed.append(f"{info.name}: an input changed since: expected {_WHAT[info.kind == 'saved']}")
             continue
         try:
             found = find_corpus([info.name]).sources
