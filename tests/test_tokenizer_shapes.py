@@ -454,3 +454,13 @@ def test_a_vocabulary_may_lack_every_role() -> None:
     words.add_special_tokens(["end"])
     tokenizer = TextTokenizer.from_definition(json.loads(words.to_str()), origin="words", eos="end")
     assert (dict(tokenizer.others), tokenizer.notes, tokenizer.end_ids) == ({}, (), {2})
+
+
+def test_a_post_processor_that_lacks_its_token_is_told(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model", "gpt2")
+    file = folder / "tokenizer.json"
+    step = {"SpecialToken": {"id": "[X]", "type_id": 0}}
+    broken = {"type": "TemplateProcessing", "single": [step], "pair": [], "special_tokens": {}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"post_processor": broken}))
+    with pytest.raises(UserError, match=r"cannot encode this prompt: .*mend its tokenizer\.json"):
+        load_tokenizer(str(folder)).prompt("a")

@@ -194,7 +194,10 @@ class TextTokenizer:
         if self.alphabet is not None:
             specials = [] if self.beside.splits_specials else self.outline.get("added_tokens") or []
             self._check_characters([_without(text, [entry["content"] for entry in specials])])
-        encoding = called(lambda: self._default.encode(text))
+        try:
+            encoding = called(lambda: self._default.encode(text))
+        except UserError as error:
+            raise UserError(f"the tokenizer cannot encode this prompt: {error}; mend its {TOKENIZER_NAME}") from None
         within = [place for place, added in enumerate(encoding.special_tokens_mask) if not added]
         if within:
             return [int(number) for number in encoding.ids[: within[-1] + 1]]
