@@ -109,8 +109,9 @@ def excerpts(
     generator = random.Random(seed)
     chosen: list[int] = []
     for number in largest({name: (sources, tokens)}, manifest)[:EXCERPT_INPUTS]:
-        documents = np.flatnonzero(sources == number).tolist()
-        chosen += generator.sample(documents, min(count, len(documents)))
+        documents = np.flatnonzero(sources == number)
+        drawn = generator.sample(range(len(documents)), min(count, len(documents)))
+        chosen += documents[drawn].tolist()
     starts = np.cumsum(split.lengths, dtype=np.int64) - split.lengths
     for document in sorted(chosen):
         start, info = int(starts[document]), split.describe(document)
