@@ -28,8 +28,8 @@ from pipeline.untrusted import FileName, check_regular, read_json, shown
 T = TypeVar("T")
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
-# Buffers of old versions of transformers, not weights.
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+# Buffers of old versions of transformers, not weights.
 _BUFFERS = re.compile(r"(\.attn\.(masked_)?bias|rotary_emb\.inv_freq)$")
 
 
