@@ -39,6 +39,7 @@ from pipeline.data.preparing import unit as preparing_unit
 from pipeline.data.preparing.audit import verify
 from pipeline.data.preparing.decide import rehearse
 from pipeline.data.preparing.encoder import Encoder, EncoderMismatch
+from pipeline.data.preparing.flags import parse
 from pipeline.data.preparing.ledger import Ledger, LedgerHeader
 from pipeline.data.preparing.prepare import _Preparation, prepare, unit_number
 from pipeline.data.preparing.request import Request
@@ -1258,3 +1259,12 @@ def test_a_report_that_contradicts_itself_costs_its_unit_only(begun: Path, old: 
     manifest, said = run(request(begun.parent / "a.jsonl", rules=TextRules()))
     assert "going on" not in said
     assert manifest.records == 201
+
+
+@pytest.mark.parametrize("flag", ["--max-doc-bytes", "--max-record-bytes"])
+def test_sizes_beyond_any_memory_are_refused(flag: str, tmp_path: Path) -> None:
+    words = [str(tmp_path), "--output", str(tmp_path / "out"), "--tokenizer", "bytes", flag]
+    parse([*words, "1024G"])
+    for size in ("1025G", str(2**63), str(10**30)):
+        with pytest.raises(UserError, match=rf"{flag}: .*less than or equal to 1099511627776"):
+            parse([*words, size])

@@ -100,10 +100,10 @@ class DocumentFlags(Section):
     r"""Cuts plain text files into documents; \n and \t are understood (default: a file is one document)."""
     exclude: Annotated[tuple[str, ...], Field(min_length=1), _shown_as("GLOB ...")] = ()
     """Leave out files that match."""
-    max_doc_bytes: Annotated[int, BeforeValidator(_size), Field(ge=1024), _shown_as("N[K|M|G]")] = 2**26
+    max_doc_bytes: Annotated[int, BeforeValidator(_size), Field(ge=1024, le=2**40), _shown_as("N[K|M|G]")] = 2**26
     """Longest document (default: 64M)."""
     max_record_bytes: Annotated[
-        Annotated[int, BeforeValidator(_size), Field(ge=1024)] | None, _shown_as("N[K|M|G]")
+        Annotated[int, BeforeValidator(_size), Field(ge=1024, le=2**40)] | None, _shown_as("N[K|M|G]")
     ] = None
     """Longest record in its file, keys and all (default: 64M, or --max-doc-bytes if that is more)."""
     long_documents: Literal["quarantine", "cut"] = "quarantine"
