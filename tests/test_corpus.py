@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from pipeline.data.reading import hub
 from pipeline.data.reading.corpus import check_text_key, find_corpus
 from pipeline.data.reading.formats import TEXT_CHUNK_BYTES, Document, Rejected, TextRules
 from pipeline.data.reading.plan import plan_units
@@ -305,6 +306,28 @@ def test_a_missing_key_is_refused_before_any_work(tmp_path: Path, name: str) -> 
     with pytest.raises(UserError, match=r"no key 'content'; found .*'text'; choose one with --text-key"):
         check_text_key(sources, "content")
     check_text_key(sources, "text")
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_saved_dataset_names_files_of_its_folder_alone(tmp_path: Path, split: bool) -> None:
+    import datasets
+
+    saved = datasets.Dataset.from_dict({"text": ["one", "two"]})
+    outside, folder = tmp_path / "outside", tmp_path / "saved"
+    saved.save_to_disk(str(outside))
+    (datasets.DatasetDict({"train": saved}) if split else saved).save_to_disk(str(folder))
+    assert len(hub.load_saved(str(folder))) == 2
+    hub.load_saved.cache_clear()
+    state = folder / ("train" if split else "") / "state.json"
+    (arrow,) = outside.glob("*.arrow")
+    way = "../../outside/" if split else "../outside/"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "_data_files": [{"filename": way + arrow.name}]}))
+    with pytest.raises(UserError, match="expected the plain name of a file in the same folder"):
+        hub.load_saved(str(folder))
+    if split:
+        (folder / "dataset_dict.json").write_text('{"splits": ["../outside"]}')
+        with pytest.raises(UserError, match="expected the plain name"):
+            hub.load_saved(str(folder))
 
 
 def test_saved_datasets_and_fake_hubs_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import BaseModel, Field
+
 from pipeline.errors import UserError
 from pipeline.files import expanded
+from pipeline.untrusted import FileName, read_json
 
 _BATCH_BYTES, _BATCH_ROWS = 4 * 2**20, 1024
 _PROBE_SECONDS = 10
@@ -68,10 +71,33 @@ def load_saved(folder: str) -> Any:
     import datasets  # slow to import and seldom needed
 
     def load() -> Any:
+        _check_saved_names(Path(folder))
         dataset = datasets.load_from_disk(folder)
         return dataset["train"] if isinstance(dataset, datasets.DatasetDict) else dataset
 
     return _asked(folder, load)
+
+
+class _SavedFile(BaseModel):
+    filename: FileName
+
+
+class _SavedState(BaseModel):
+    files: tuple[_SavedFile, ...] = Field(alias="_data_files")
+
+
+class _SavedSplits(BaseModel):
+    splits: tuple[FileName, ...]
+
+
+def _check_saved_names(folder: Path) -> None:
+    """datasets opens whatever file a saved folder names. Raises `UserError` for a name that leads out of it."""
+    splits, folders = folder / "dataset_dict.json", [folder]
+    if splits.exists():
+        folders = [folder / name for name in read_json(_SavedSplits, splits).splits]
+    for state in (one / "state.json" for one in folders):
+        if state.exists():
+            read_json(_SavedState, state)
 
 
 def saved_columns(folder: str, key: str, start: int, stop: int) -> Iterator[Any]:
