@@ -178,6 +178,6 @@ def test_the_allocator_is_set_before_torch_is_imported(script: str, tmp_path: Pa
     for own, expected in ({}, "expandable_segments:True"), ({"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"):
         clean = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
         environment = {**clean, "PYTHONPATH": str(tmp_path), **own}
-        command = [sys.executable, script, "--help"]
+        command = [sys.executable, script, str(tmp_path / "none.yaml")]
         found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
         assert found.stdout == f"{expected}\n"

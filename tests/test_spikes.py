@@ -7,10 +7,13 @@ import statistics
 
 import pytest
 
-from pipeline.data.loading.blend import Phase
+from pipeline.config_data import SourceConfig
+from pipeline.data.loading.blend import Phase, PhaseSource
 from pipeline.ramp import Ramp
 from pipeline.train.spikes import ENOUGH, WINDOW, is_spike, threshold
 from pipeline.train.state import BatchSizes, Rollback, TrainState
+
+SOURCES = (PhaseSource(name="a", digest="a", settings=SourceConfig(path="data/a")),)
 
 
 def begun() -> TrainState:
@@ -19,7 +22,7 @@ def begun() -> TrainState:
         rows=0,
         tokens=0,
         n_tokens=256,
-        phases=(Phase(row=0, sources=()),),
+        phases=(Phase(row=0, sources=SOURCES),),
         batches=(BatchSizes(after=0, row=0, ramp=Ramp(stages=((2, 1),), full=4)),),
         tokenizer_fingerprint="",
         tokenizer_eos_id=0,
@@ -60,8 +63,8 @@ def test_going_back_leaves_out_the_rows_up_to_the_spike() -> None:
     assert back.rows_of(5) == (states[9].rows, 4)
     assert back.rows_of(6) == (states[9].rows + 4, 4)
     assert [back.rows_of(step) for step in (1, 2, 3, 4)] == [(0, 1), (1, 1), (2, 4), (6, 4)], "what was learned stays"
-    changed = back.continued((), back.batches[-1].ramp, precision="torch.bfloat16")
-    changed = changed.model_copy(update={"phases": (*changed.phases, Phase(row=back.rows, sources=()))})
+    changed = back.continued(SOURCES, back.batches[-1].ramp, precision="torch.bfloat16")
+    changed = changed.model_copy(update={"phases": (*changed.phases, Phase(row=back.rows, sources=SOURCES))})
     kept = changed.after(targets=1, loss=1.0).rolled_back(states[4])
     assert (kept.phases, kept.precision) == (changed.phases, "torch.bfloat16"), "what changed since then stays so"
     again = back.after(targets=1, loss=1.0).rolled_back(back)
