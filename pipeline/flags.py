@@ -186,19 +186,24 @@ def placed(values: Mapping[str, Any], given: Mapping[Path, Any]) -> Values:
     result: Values = dict(values)
     for path, value in given.items():
         inner: Any = result
-        for step, part in enumerate(path[:-1]):
+        for part in path[:-1]:
+            if not _has_place(inner, part):
+                break  # the file has a list where a section is expected: that is the fault to name
             key: Any = int(part) if isinstance(inner, list) else part
             there = inner[key] if isinstance(inner, list) else inner.get(key)
             if there is not None and not isinstance(there, (Mapping, list, tuple)):
-                break  # the file has no section there: that is the fault to name
+                break  # likewise: it has no section there
             inner[key] = list(there) if isinstance(there, (list, tuple)) else dict(there or {})
             inner = inner[key]
-            if step == len(path) - 2:
-                inner[int(path[-1]) if isinstance(inner, list) else path[-1]] = value
         else:
-            if len(path) == 1:
-                inner[path[0]] = value
+            if _has_place(inner, path[-1]):
+                inner[int(path[-1]) if isinstance(inner, list) else path[-1]] = value
     return result
+
+
+def _has_place(inner: Values | list[Any], part: str) -> bool:
+    """Whether a section has the key, or a list the number, that a flag names."""
+    return not isinstance(inner, list) or (part.isdecimal() and int(part) < len(inner))
 
 
 def checked(

@@ -33,6 +33,13 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.parametrize("text", ["train: [1]", "train: [[]]", "data: [{path: a}]", "data: {sources: [a]}", "data: 5"])
+def test_flags_over_a_section_that_is_none_are_one_message(tmp_path: Path, text: str) -> None:
+    """Whatever stands in the file where a flag expects sections or a list of them."""
+    flags = ("--train.steps", "7", "--data.sources.0.weight", "2", "--data.sources.3.path", "b")
+    assert text.split(":")[0] in faults_of(tmp_path, text, *flags)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_loads(path: Path) -> None:
     config = load_config([str(path)])
